@@ -1,0 +1,1 @@
+"""The `dsv3` command: one file per sub-command, parsing and printing only."""

@@ -1,0 +1,36 @@
+"""Entry point of `dsv3`. Imports nothing heavy: `dsv3 --help` must answer at once."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from dsv3_cli import data, doctor, generate, recipes, train
+from dsv3_train.errors import UserError
+
+app = typer.Typer(
+    name="dsv3",
+    help="Train DeepSeek-V3 on Megatron-core: on a laptop's CPU, on one GPU, on a cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("train")(train.train)
+app.command("generate")(generate.generate)
+app.command("doctor")(doctor.doctor)
+app.add_typer(recipes.app, name="recipes")
+app.add_typer(data.app, name="data")
+
+
+def run() -> None:
+    """Run the command line; bad input ends in its message alone and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run()

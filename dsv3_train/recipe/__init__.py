@@ -1,0 +1,1 @@
+"""YAML -> a typed, checked `Recipe`: the only configuration of a run."""

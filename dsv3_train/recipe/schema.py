@@ -1,0 +1,271 @@
+"""The recipe: every setting of a run, typed. What a key means stands beside it.
+
+These models check one value at a time; `checks.py` holds what depends on several keys (topology,
+divisibility, placement), `load.py` turns YAML into a `Recipe` and errors into lines.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+from dsv3_train.recipe.quantity import Extent
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused, values are not coerced from other types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class RopeScaling(Section):
+    """YaRN on the decoupled key (technical report, section 4.3); absent in 4K pre-training."""
+
+    factor: float = Field(ge=1.0)
+    """s: context extension factor (40 in the report)."""
+    original_max_position_embeddings: PositiveInt = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+
+class Model(Section):
+    """The architecture, under the names of the published `config.json`."""
+
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    """Transformer layers of the main model, without the MTP modules."""
+    num_attention_heads: PositiveInt
+    intermediate_size: PositiveInt
+    """Width of a dense FFN."""
+    moe_intermediate_size: PositiveInt
+    """Width of one expert, routed or shared."""
+    first_k_dense_replace: int = Field(ge=0)
+    """The first layers, whose FFN is dense."""
+    n_routed_experts: PositiveInt
+    n_shared_experts: int = Field(ge=0)
+    num_experts_per_tok: PositiveInt
+    n_group: PositiveInt
+    """Groups of experts; a token's experts come from `topk_group` of them."""
+    topk_group: PositiveInt
+    routed_scaling_factor: float = 2.5
+    q_lora_rank: Union[PositiveInt, None]
+    """Width of the query latent; null: no query compression (as DeepSeek-V2-Lite)."""
+    kv_lora_rank: PositiveInt
+    qk_nope_head_dim: PositiveInt
+    qk_rope_head_dim: PositiveInt
+    v_head_dim: PositiveInt
+    num_nextn_predict_layers: int = Field(ge=0)
+    """Multi-Token Prediction depth."""
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = Field(default=0.006, gt=0)
+    rope_theta: float = 10000.0
+    rope_scaling: Union[RopeScaling, None] = None
+    """null: plain RoPE, as in the report's 4K pre-training."""
+
+
+class Parallel(Section):
+    """How many processes and what each of them holds."""
+
+    world_size: PositiveInt = 1
+    """Processes of the run, one per GPU (or CPU process)."""
+    gpus_per_node: PositiveInt = 8
+    tensor: PositiveInt = 1
+    """Tensor parallel size; more than 1 brings sequence parallelism with it."""
+    pipeline: PositiveInt = 1
+    context: PositiveInt = 1
+    expert: PositiveInt = 1
+    """Expert parallel size, taken from the data-parallel ranks."""
+    expert_tensor: PositiveInt = 1
+    zero1: bool = True
+    """Shard optimizer states over data-parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    """All-gather updated parameters under the next forward pass (needs zero1 and overlap_grad_reduce)."""
+    dispatcher: Literal["alltoall", "allgather", "deepep"] = "alltoall"
+
+    @property
+    def data(self) -> int:
+        """Data parallel size."""
+        return self.world_size // (self.tensor * self.pipeline * self.context)
+
+    @property
+    def expert_data(self) -> int:
+        """Copies of each routed expert (expert data parallel size)."""
+        return self.world_size // (self.expert_tensor * self.pipeline * self.expert)
+
+
+class Pipeline(Section):
+    """How layers are placed on stages and in which order micro-batches run."""
+
+    schedule: Literal["1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipev"] = "1f1b"
+    layout: Union[str, None] = None
+    """Stage by stage in Megatron-core's notation: E embedding, t decoder layer, m MTP, L head and loss,
+    | between stages, (..)*n and x*n repeat. null: layers spread evenly (needs divisibility)."""
+    virtual_stages: PositiveInt = 1
+    """Model chunks per rank (virtual pipeline stages); more than 1 with `interleaved`."""
+    communication_sms: int = Field(default=20, ge=0)
+    """SMs set aside for communication kernels when it overlaps with computation (report: 20 of 132)."""
+
+
+class Precision(Section):
+    params: Literal["bf16", "fp32"] = "bf16"
+    """Type of parameters and activations. Master weights and gradient accumulation are FP32 always."""
+    fp8: Literal["none", "blockwise"] = "none"
+    """`blockwise`: E4M3, activations in 1x128 tiles, weights in 128x128 blocks (report, section 3.3)."""
+    adam_moments: Literal["bf16", "fp32"] = "bf16"
+    """Type of Adam's first and second moment."""
+
+
+class Dataset(Section):
+    path: str
+    """Prefix of an indexed dataset (`PATH.bin`, `PATH.idx`), as `dsv3 data prepare` writes it."""
+    weight: float = Field(default=1.0, gt=0)
+
+
+class Prepare(Section):
+    """Data that a run prepares itself when it is not there yet (same settings as `dsv3 data prepare`)."""
+
+    inputs: list[str] = Field(min_length=1)
+    """Files, directories or globs; `python-stdlib` is the source of Python's standard library."""
+    output: str
+    """Prefix of the indexed dataset to write."""
+    tokenizer: Union[str, None] = None
+    """A `tokenizer.json`; null: train a byte-level BPE of `vocab_size` tokens on the inputs."""
+    vocab_size: PositiveInt = 4096
+    fim_rate: float = Field(default=0.0, ge=0, le=1)
+    """Share of documents rearranged for fill-in-the-middle (PSM); 0.1 in the report, section 4.2."""
+    seed: int = 1234
+
+
+class Data(Section):
+    train: list[Dataset] = Field(default_factory=list)
+    valid: list[Dataset] = Field(default_factory=list)
+    """Empty: the last `valid_fraction` of each training dataset's documents."""
+    valid_fraction: float = Field(default=0.01, ge=0, lt=1)
+    tokenizer: Union[str, None] = None
+    """null: the `tokenizer.json` beside the first training dataset."""
+    prepare: Union[Prepare, None] = None
+    seed: int = 1234
+    """Order of documents and samples."""
+    workers: int = Field(default=2, ge=0)
+    """Processes that read ahead, per rank."""
+
+
+class Optim(Section):
+    """AdamW, as report section 4.2; epsilon is not published."""
+
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip_grad_norm: float = Field(default=1.0, ge=0)
+    """0: no clipping."""
+    ema_decay: Union[float, None] = Field(default=None, gt=0, lt=1)
+    """Decay per step of the moving average of parameters, kept in CPU memory; null: none."""
+
+
+class Segment(Section):
+    """One piece of a schedule: `{linear: [0, 2.2e-4], until: 2000 steps}`; the last one has no `until`."""
+
+    constant: Union[float, None] = None
+    linear: Union[tuple[float, float], None] = None
+    cosine: Union[tuple[float, float], None] = None
+    until: Union[Extent, None] = None
+    """Where the piece ends: consumed tokens, or `N steps`."""
+
+    @field_validator("linear", "cosine", mode="before")
+    @classmethod
+    def _pair(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> Segment:
+        if sum(shape is not None for shape in (self.constant, self.linear, self.cosine)) != 1:
+            raise ValueError("a piece is one of constant: v, linear: [from, to], cosine: [from, to]")
+        return self
+
+
+def _pieces(value: Any) -> Any:
+    return [{"constant": value}] if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+Piecewise = Annotated[list[Segment], BeforeValidator(_pieces), Field(min_length=1)]
+"""Pieces in order over consumed tokens; a plain number is one constant piece."""
+
+
+class Schedule(Section):
+    """What changes over consumed tokens. One mechanism for all four."""
+
+    lr: Piecewise
+    batch_size: Piecewise
+    """Sequences per global batch, rounded down to a multiple of micro-batch size x data parallel size."""
+    mtp_weight: Piecewise = [Segment(constant=0.0)]
+    """Weight (lambda) of the Multi-Token Prediction loss."""
+    bias_update_speed: Piecewise = [Segment(constant=0.0)]
+    """Step (gamma) of each expert's routing bias per global batch."""
+    balance_loss: float = Field(default=1e-4, ge=0)
+    """Weight (alpha) of the sequence-wise balance loss; constant in the report."""
+
+
+class Training(Section):
+    duration: Extent
+    """Length of the run: tokens (14.8T) or `N steps`."""
+    sequence_length: PositiveInt
+    """Tokens per sequence."""
+    micro_batch_size: PositiveInt = 1
+    """Sequences per micro-batch."""
+    seed: int = 1234
+    """Initial weights."""
+    recompute: list[Literal["layernorm", "mla_up_proj", "moe_act", "mlp", "moe", "core_attn", "full"]] = Field(
+        default_factory=list
+    )
+    """What the backward pass computes again instead of keeping."""
+    eval_interval: int = Field(default=0, ge=0)
+    """Steps between validations; 0: none."""
+    eval_sequences: PositiveInt = 64
+
+
+class Checkpoint(Section):
+    interval: int = Field(default=0, ge=0)
+    """Steps between checkpoints; 0: only at the end."""
+    keep_last: PositiveInt = 2
+    asynchronous: bool = True
+    """Write while training goes on."""
+    load: Union[str, None] = None
+    """A checkpoint to begin from when the run directory has none yet."""
+
+
+class Logging(Section):
+    interval: PositiveInt = 1
+    """Steps between log lines."""
+    tensorboard: bool = True
+    expert_load_interval: int = Field(default=100, ge=0)
+    """Steps between heat maps of the load per layer and expert; 0: none."""
+
+
+class Runtime(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    layers: Literal["auto", "te", "local"] = "auto"
+    """Transformer Engine's layers or Megatron-core's own; auto: TE on a GPU that has it."""
+    run_dir: str = "runs/{name}"
+    """Where the run keeps everything; `{name}` is the recipe's name."""
+
+
+class Recipe(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    model: Model
+    parallel: Parallel = Parallel()
+    pipeline: Pipeline = Pipeline()
+    precision: Precision = Precision()
+    data: Data = Data()
+    optim: Optim = Optim()
+    schedule: Schedule
+    training: Training
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+    runtime: Runtime = Runtime()

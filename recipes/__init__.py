@@ -1,0 +1,1 @@
+"""Recipes that ship with the package, addressed by name (`dsv3 recipes list`)."""

@@ -1,0 +1,36 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="dsv3-train",
+    version="0.1.0",
+    description="The training system behind DeepSeek-V3, on Megatron-core",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=[*find_packages(include=["dsv3_train", "dsv3_train.*"]), "dsv3_cli", "dsv3_recipes"],
+    # No top-level package named `cli` or `recipes` in site-packages.
+    package_dir={"dsv3_cli": "cli", "dsv3_recipes": "recipes"},
+    package_data={"dsv3_recipes": ["*.yaml"]},
+    install_requires=[
+        "torch>=2.9",
+        "megatron-core>=0.16.1,<0.17",
+        "einops",
+        "typer>=0.12",
+        "pydantic>=2.8",
+        "pyyaml>=6",
+        "rich>=13",
+        "tensorboard>=2.15",
+        "matplotlib>=3.7",
+        "safetensors>=0.4",
+        "tokenizers>=0.19",
+        "zstandard>=0.22",
+        "numpy>=1.26",
+        "psutil>=5.9",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
+        "test": ["pytest>=8", "transformers>=4.56", "ruff>=0.6", "mypy>=1.11"],
+    },
+    entry_points={"console_scripts": ["dsv3=dsv3_cli.main:run"]},
+)
