@@ -28,7 +28,10 @@ def run() -> None:
     try:
         app()
     except UserError as error:
-        print(error, file=sys.stderr)
+        from dsv3_train.runtime.launch import report_to_parent
+
+        if not report_to_parent(error):
+            print(error, file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,0 +1,1 @@
+"""Saving and resuming through Megatron's dist_checkpointing."""

@@ -1,0 +1,1 @@
+"""Recipe -> Megatron-core modules, stage by stage."""

@@ -1,0 +1,1 @@
+"""The optimizer, and what changes over consumed tokens."""

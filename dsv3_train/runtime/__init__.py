@@ -1,0 +1,1 @@
+"""Where a run happens: CPU or GPU, ranks and process groups, launchers."""

@@ -1,0 +1,86 @@
+"""Where checkpoints lie, which is the newest, and whether one is safe to read. No torch here."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+from dsv3_train.errors import UserError
+
+_STEP = re.compile(r"step_(\d{8,})")
+UNFINISHED = ".unfinished"
+
+
+def step_path(root: Path, step: int) -> Path:
+    """`root/step_00000040`."""
+    return root / f"step_{step:08d}"
+
+
+def complete(root: Path) -> list[Path]:
+    """The whole checkpoints under `root`, oldest first; one being written has another name."""
+    if not root.is_dir():
+        return []
+    found = [path for path in root.iterdir() if _STEP.fullmatch(path.name) and (path / "metadata.json").is_file()]
+    return sorted(found, key=lambda path: int(path.name.split("_")[1]))
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, or the newest of a run directory or `checkpoints` folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (path / "metadata.json").is_file():
+        return path
+    for root in (path, path / "checkpoints"):
+        if complete(root):
+            return complete(root)[-1]
+    raise UserError(f"{path}: no checkpoint here; give a run directory, or one of its checkpoints/step_*")
+
+
+def prune(root: Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints."""
+    for path in complete(root)[:-keep_last]:
+        doomed = path.with_name(path.name + UNFINISHED)  # renamed first: half a checkpoint is never taken for one
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+_ALLOWED = {
+    "collections": {"OrderedDict"},
+    "torch": {"Size", "device"},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "_codecs": {"encode"},
+}
+_ALLOWED_PREFIXES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Refuses every name but those that a checkpoint's table of contents is made of."""
+
+    def find_class(self, module: str, name: str):
+        allowed = name in _ALLOWED.get(module, ()) or (module in _ALLOWED_PREFIXES and "." not in name)
+        if not allowed and not (module == "torch" and name.endswith(("float16", "float32", "int32", "int64"))):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def check_safe(path: Path) -> None:
+    """Refuse a checkpoint whose `.metadata` could run code when torch unpickles it.
+
+    torch's reader takes that file with a plain `pickle.load`; all else it reads with `weights_only`.
+
+    Raises:
+        UserError: a foreign name in the file, or a file that is no pickle.
+    """
+    file = path / ".metadata"
+    try:
+        with file.open("rb") as stream:
+            _MetadataUnpickler(stream).load()
+    except FileNotFoundError:
+        raise UserError(f"{path}: the checkpoint has no .metadata; it is damaged, take another") from None
+    except Exception as error:
+        raise UserError(f"{file}: not a checkpoint's table of contents ({error}); refused") from None

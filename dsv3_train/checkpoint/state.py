@@ -1,0 +1,86 @@
+"""What a checkpoint holds, and the position of a run within its training."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+
+from dsv3_train.model.init import sharding_metadata
+from dsv3_train.optim.ema import ParameterEma
+from dsv3_train.recipe.schema import Recipe
+
+
+@dataclass
+class Position:
+    """How far a run is. Schedules and data follow from it alone."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+
+
+def topology(recipe: Recipe) -> dict[str, Any]:
+    """The layout of a run, as checkpoints and the run directory record it."""
+    return {
+        "world_size": recipe.parallel.world_size,
+        "tensor": recipe.parallel.tensor,
+        "pipeline": recipe.parallel.pipeline,
+        "virtual_stages": recipe.pipeline.virtual_stages,
+        "context": recipe.parallel.context,
+        "expert": recipe.parallel.expert,
+        "expert_tensor": recipe.parallel.expert_tensor,
+        "data": recipe.parallel.data,
+        "zero1": recipe.parallel.zero1,
+    }
+
+
+def model_state(chunks: list[GPTModel]) -> dict[str, dict]:
+    """Sharded weights and routing biases (FP32) of this rank's chunks; the keys are the same in any layout."""
+    return {f"model{i}": chunk.sharded_state_dict(metadata=sharding_metadata()) for i, chunk in enumerate(chunks)}
+
+
+def training_state(
+    recipe: Recipe,
+    position: Position,
+    chunks: list[GPTModel],
+    optimizer: MegatronOptimizer,
+    ema: ParameterEma | None,
+    *,
+    loading: bool,
+    with_random_state: bool,
+) -> dict[str, Any]:
+    """Everything that a resumed run needs, as Megatron's sharded state dict."""
+    models = model_state(chunks)
+    state: dict[str, Any] = {
+        **models,
+        "optimizer": optimizer.sharded_state_dict(models, is_loading=loading, metadata=sharding_metadata()),
+        "position": asdict(position),
+        "topology": topology(recipe),
+    }
+    if ema is not None:
+        state["ema"] = ema.sharded_state_dict()
+    if with_random_state:
+        rank = torch.distributed.get_rank()
+        world = torch.distributed.get_world_size()
+        state["random"] = ShardedObject("random", random_state(), (world,), (rank,))
+    return state
+
+
+def random_state() -> dict[str, Any]:
+    """The state of this rank's random number generators, as tensors."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0)
+    return {"cpu": torch.get_rng_state(), "cuda": cuda, "megatron": tensor_parallel.get_cuda_rng_tracker().get_states()}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Undo `random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])

@@ -1,0 +1,70 @@
+"""Initial weights that do not depend on how the model is laid out over processes."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.models.gpt import GPTModel
+
+SHARDING = {
+    "non_homogeneous_layers": True,
+    "singleton_local_shards": False,
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
+"""How Megatron names and cuts tensors for checkpoints: one key per layer, free of the layout."""
+
+
+def sharding_metadata() -> dict:
+    """`SHARDING` with this run's process group, as Megatron's `sharded_state_dict` wants it."""
+    from megatron.core import parallel_state
+
+    return {**SHARDING, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+
+@torch.no_grad()
+def initialize(chunk: GPTModel, seed: int, std: float) -> None:
+    """N(0, `std`) for every weight matrix (report, section 4.2: 0.006), ones for norms, zeros for routing biases.
+
+    A weight's values follow from `seed`, its global name and, for an expert, its index: any layout starts
+    from the same model. A tensor split by tensor parallelism is drawn whole and cut.
+    """
+    filled = set()
+    for entry in nested_values(chunk.sharded_state_dict(metadata=sharding_metadata())):
+        if isinstance(entry, ShardedTensorFactory):  # SwiGLU's gate and up: one parameter, two pieces
+            entry.data.copy_(entry.merge_fn([_values(piece, seed, std) for piece in entry.build()]))
+        elif isinstance(entry, ShardedTensor):
+            entry.data.copy_(_values(entry, seed, std))
+        else:
+            continue
+        filled.add(entry.data.data_ptr())
+    missing = [name for name, parameter in chunk.named_parameters() if parameter.data_ptr() not in filled]
+    if missing:
+        raise RuntimeError(f"no initial value for {missing}")
+
+
+def _values(piece: ShardedTensor, seed: int, std: float) -> torch.Tensor:
+    device = piece.data.device
+    if "norm" in piece.key:
+        return torch.ones(piece.local_shape, device=device)
+    if piece.key.endswith("expert_bias"):
+        return torch.zeros(piece.local_shape, device=device)
+    offset, shape = piece.global_offset, piece.global_shape
+    if ".experts." not in piece.key or "shared_experts" in piece.key:
+        whole = _normal(shape, f"{seed}:{piece.key}", std, device)
+        return whole[piece.global_slice()].reshape(piece.local_shape)
+    # [experts, out, in], this rank's experts: one draw each.
+    experts = piece.local_shape[0] if len(piece.local_shape) == 3 else 1
+    cut = piece.global_slice()[1:]
+    drawn = [
+        _normal(shape[1:], f"{seed}:{piece.key}:{offset[0] + i}", std, device)[cut] for i in range(experts)
+    ]
+    return torch.stack(drawn).reshape(piece.local_shape)
+
+
+def _normal(shape: tuple[int, ...], name: str, std: float, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator(device=device).manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(shape, generator=generator, device=device).mul_(std)

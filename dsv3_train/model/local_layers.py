@@ -1,0 +1,92 @@
+"""Layers for machines without Transformer Engine, where Megatron-core's own cannot serve MLA.
+
+Megatron-core 0.16's local layers train DeepSeek-V3 but for three: its attention does not take MLA's
+head dimensions, its norm refuses sequence parallelism, and MLA's down-projections, column-parallel
+there, get wrong gradients under tensor parallelism (the rotary key's is summed by nobody). The modules
+here stand in a layer specification where those stood; nothing is patched but the list of linear classes
+that MLA accepts (runtime/cpu.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import GroupedMLP
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from dsv3_train.model.grouped_experts import GroupedExperts
+
+
+class Attention(MegatronModule):
+    """Causal attention on torch's own kernel, with a value head dimension of its own."""
+
+    def __init__(self, config: TransformerConfig, *, softmax_scale: float, **_unused: Any) -> None:
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self, query_sbnd: torch.Tensor, key_sbnd: torch.Tensor, value_sbnd: torch.Tensor, *_mask: Any, **_unused: Any
+    ) -> torch.Tensor:
+        """[s, b, n, d] queries over [t, b, n, d] keys, of which they are the last -> [s, b, n * d_v]."""
+        query, key, value = (x_sbnd.permute(1, 2, 0, 3) for x_sbnd in (query_sbnd, key_sbnd, value_sbnd))
+        queries, keys = query.size(2), key.size(2)
+        mask = None
+        if 1 < queries < keys:  # a further piece of a prompt, after keys from the cache
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=queries == keys, scale=self.softmax_scale
+        )
+        return out.permute(2, 0, 1, 3).flatten(2).contiguous()
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, marked for Megatron's all-reduce of its gradient under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_unused: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[union-attr]
+
+
+class ReplicatedLinear(MegatronModule):
+    """A linear layer that every tensor-parallel rank holds whole (TE: `parallel_mode="duplicated"`)."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **_unused: Any) -> None:
+        super().__init__(config=config)
+        self.weight = torch.nn.Parameter(
+            torch.empty(output_size, input_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x_sbh: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """[s, b, input] -> [s, b, output], and no bias."""
+        return F.linear(x_sbh, self.weight), None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """The whole weight, replicated over tensor-parallel ranks."""
+        return make_sharded_tensors_for_checkpoint(self.state_dict(keep_vars=True), prefix, {}, sharded_offsets)
+
+
+_INSTEAD = {DotProductAttention: Attention, WrappedTorchNorm: RMSNorm, GroupedMLP: GroupedExperts}
+
+
+def replace(spec: Any) -> Any:
+    """A copy of a layer specification with the modules of this file where they are needed."""
+    if isinstance(spec, type):
+        return _INSTEAD.get(spec, spec)
+    if isinstance(spec, list):
+        return [replace(item) for item in spec]
+    if isinstance(spec, MLASelfAttentionSubmodules):
+        spec = dataclasses.replace(spec, linear_q_down_proj=ReplicatedLinear, linear_kv_down_proj=ReplicatedLinear)
+    if isinstance(spec, ModuleSpec) or dataclasses.is_dataclass(spec):
+        changes = {field.name: replace(getattr(spec, field.name)) for field in dataclasses.fields(spec)}
+        return dataclasses.replace(spec, **changes)
+    return spec

@@ -1,0 +1,73 @@
+"""Wrapping model chunks for data parallelism, and the optimizer over them."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from dsv3_train.recipe.schema import Recipe
+
+
+def wrap_chunks(
+    recipe: Recipe, config: MLATransformerConfig, chunks: list[GPTModel]
+) -> list[DistributedDataParallel]:
+    """Megatron's data-parallel wrappers: gradients accumulate and reduce in FP32 (report, section 3.3.2)."""
+    parallel = recipe.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.zero1,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        check_for_nan_in_grad=True,
+    )
+    return [
+        # Buckets only pay in the first chunk: the others' reductions hide behind its backward pass.
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """AdamW (report, section 4.2) with FP32 master weights; no weight decay on norms and other vectors."""
+    optim, bf16 = recipe.optim, recipe.precision.params == "bf16"
+    options = {}
+    if recipe.precision.adam_moments == "bf16":
+        options = {
+            "use_precision_aware_optimizer": True,
+            "exp_avg_dtype": torch.bfloat16,
+            "exp_avg_sq_dtype": torch.bfloat16,
+            "store_param_remainders": False,
+        }
+    if not torch.cuda.is_available():
+        from dsv3_train.optim.adamw import AdamW
+        from dsv3_train.runtime import cpu
+
+        cpu.use_adam(AdamW)
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=0.0,  # set before every step
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.beta1,
+            adam_beta2=optim.beta2,
+            adam_eps=optim.eps,
+            clip_grad=optim.clip_grad_norm,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=recipe.parallel.zero1,
+            overlap_param_gather=recipe.parallel.overlap_param_gather,
+            **options,
+        ),
+        chunks,
+    )
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None:
+    """Give every parameter group its learning rate and weight decay for the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = weight_decay * group["wd_mult"]

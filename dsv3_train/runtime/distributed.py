@@ -1,0 +1,78 @@
+"""Process groups and random seeds of one rank, and the device it computes on."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+
+from dsv3_train.errors import UserError
+from dsv3_train.recipe.schema import Recipe
+
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def device_of(recipe: Recipe) -> str:
+    """`cpu` or `cuda`, as the recipe says or as this machine has.
+
+    Raises:
+        UserError: the recipe wants a GPU and there is none.
+    """
+    available = torch.cuda.is_available()
+    if recipe.runtime.device == "cuda" and not available:
+        raise UserError("runtime.device: cuda, but this machine has no GPU that torch can use; set runtime.device=cpu")
+    if recipe.runtime.device == "auto":
+        return "cuda" if available else "cpu"
+    return recipe.runtime.device
+
+
+def prepare_import(device: str) -> None:
+    """What has to happen before Megatron-core is imported."""
+    if device == "cpu":
+        from dsv3_train.runtime import cpu
+
+        cpu.install()
+        return
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"Transformer Engine is missing ({error}): training on a GPU needs it; "
+            "pip install --no-build-isolation 'dsv3-train[gpu]'"
+        ) from None
+
+
+def start(recipe: Recipe, device: str) -> None:
+    """Join the process group and divide it as `recipe.parallel` says.
+
+    The order of ranks is Megatron's: tensor, context, expert, data, pipeline (fastest first).
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    if device == "cpu":
+        torch.set_num_threads(1)
+    else:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl", timeout=_TIMEOUT)
+    parallel = recipe.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            recipe.pipeline.virtual_stages if recipe.pipeline.virtual_stages > 1 else None
+        ),
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+    )
+    torch.manual_seed(recipe.training.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(recipe.training.seed)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()

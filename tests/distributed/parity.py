@@ -1,0 +1,145 @@
+"""Runs of a tiny DeepSeek-V3 in any layout, on the same weights and data, to be compared with one process."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv3_train.recipe.schema import Recipe
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "model": {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "num_nextn_predict_layers": 1,
+        "initializer_range": 0.05,
+    },
+    "parallel": {"zero1": False},
+    "precision": {"params": "fp32", "adam_moments": "fp32"},
+    # Adam divides by the root of a mean square: where a gradient is rounding noise, so is the update. A large
+    # epsilon keeps such noise out of a comparison to 1e-5; the gradients themselves are compared too.
+    "optim": {"eps": 1e-3},
+    "schedule": {"lr": 5e-3, "batch_size": 8, "mtp_weight": 0.3, "bias_update_speed": 1e-3, "balance_loss": 1e-3},
+    "training": {"duration": "6 steps", "sequence_length": 32},
+    "runtime": {"device": "cpu"},
+}
+
+
+def tiny(**changes: Any) -> Recipe:
+    """The tiny recipe with `section={key: value}` changes."""
+    raw = copy.deepcopy(TINY)
+    for section, values in changes.items():
+        raw.setdefault(section, {}).update(values)
+    return Recipe.model_validate(raw)
+
+
+def batch(recipe: Recipe, step: int, index: int) -> dict[str, torch.Tensor]:
+    """Micro-batch `index` of global batch `step`, the same in any layout: noisy arithmetic sequences."""
+    generator = torch.Generator().manual_seed(1000 * step + index)
+    length = recipe.training.sequence_length + 1
+    start = torch.randint(0, recipe.model.vocab_size, (1, 1), generator=generator)
+    noise = torch.randint(0, 2, (1, length), generator=generator)
+    tokens = (start + noise + 7 * (1 + index % 2) * torch.arange(length)) % recipe.model.vocab_size
+    return {
+        "tokens": tokens[:, :-1],
+        "labels": tokens[:, 1:],
+        "position_ids": torch.arange(length - 1)[None],
+        "loss_mask": torch.ones(1, length - 1),
+    }
+
+
+def train(recipe: Recipe, out: Path, steps: int = 6) -> None:
+    """Train on this rank; leaves losses, grad norms, step 1's gradients and the final weights in `out/RANK.pt`."""
+    from megatron.core import parallel_state
+
+    from dsv3_train.optim.schedules import Schedules
+    from dsv3_train.runtime import distributed
+    from dsv3_train.training.assemble import assemble
+    from dsv3_train.training.step import forward_backward, micro_batches_per_step, needs_data, update
+
+    distributed.start(recipe, "cpu")
+    trainer = assemble(recipe, "cpu")
+    schedules = Schedules(recipe)
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    result: dict[str, Any] = {"losses": [], "norms": []}
+    consumed = 0
+    for step in range(steps):
+        values = schedules.at(consumed)
+        count = micro_batches_per_step(recipe, values.batch_size)
+        batches = [batch(recipe, step, m * size + rank) for m in range(count)] if needs_data(trainer) else None
+        losses = forward_backward(trainer, values, batches, count)
+        result["losses"].append((losses.loss, losses.mtp, losses.balance))
+        if step == 0:
+            _unshard_gradients(trainer)
+            result["gradients"] = _by_global_name(trainer, lambda parameter: parameter.main_grad)
+        result["norms"].append(update(trainer, values))
+        consumed += values.batch_size
+    counts, biases = trainer.load.gather()
+    result["expert_counts"], result["expert_biases"] = counts, biases
+    result["weights"] = _by_global_name(trainer, lambda parameter: parameter)
+    torch.save(result, out / f"{torch.distributed.get_rank()}.pt")
+    distributed.stop()
+
+
+def _unshard_gradients(trainer: Any) -> None:
+    """Under ZeRO-1 a rank holds the reduced gradient of its shard only: collect the others'."""
+    for chunk in trainer.chunks:
+        if not chunk.ddp_config.use_distributed_optimizer:
+            continue
+        for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+            ranks = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:
+                shard = bucket.grad_data.numel() // ranks.size()
+                mine = bucket.grad_data[ranks.rank() * shard : (ranks.rank() + 1) * shard].clone()
+                torch.distributed.all_gather_into_tensor(bucket.grad_data, mine, group=ranks)
+
+
+def _by_global_name(trainer: Any, of: Any) -> list[tuple[str, tuple, tuple, torch.Tensor]]:
+    """(global name, global shape, global slice, values) of every piece of every parameter of this rank."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+    from dsv3_train.model.init import sharding_metadata
+
+    pieces = []
+    for model in trainer.models:
+        for entry in nested_values(model.sharded_state_dict(metadata=sharding_metadata())):
+            if not isinstance(getattr(entry, "data", None), torch.nn.Parameter):
+                continue
+            entry.data = of(entry.data).detach().clone()
+            for piece in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
+                pieces.append((piece.key, piece.global_shape, piece.global_slice(), piece.data))
+    return pieces
+
+
+def whole(out: Path, world_size: int, what: str) -> dict[str, torch.Tensor]:
+    """Global tensors put together of all ranks' pieces; a piece that two ranks hold must be the same on both."""
+    tensors: dict[str, torch.Tensor] = {}
+    for rank in range(world_size):
+        for key, shape, place, values in torch.load(out / f"{rank}.pt", weights_only=False)[what]:
+            tensor = tensors.setdefault(key, torch.full(shape, float("nan")))
+            before = tensor[place]
+            known = ~before.isnan()
+            torch.testing.assert_close(before[known], values.reshape(before.shape)[known], rtol=1e-5, atol=1e-7, msg=lambda m, key=key, rank=rank: f'{key} on rank {rank}: {m}')
+            tensor[place] = values.reshape(before.shape)
+    assert not any(tensor.isnan().any() for tensor in tensors.values())
+    return tensors
