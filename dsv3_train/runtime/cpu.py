@@ -133,10 +133,15 @@ def keep_sent_tensor() -> None:
 
 
 def no_compile() -> None:
-    """`jit_fuser` is `torch.compile`: seconds of start-up and a C++ compiler for nothing on a CPU."""
-    from megatron.core import jit
+    """Megatron compiles small functions as it is imported: seconds, and a C++ compiler, for nothing on a CPU."""
 
-    jit.disable_jit_fuser()
+    def leave(function=None, **kwargs):
+        return function if callable(function) else leave
+
+    compile_ = torch.compile
+    torch.compile = leave  # type: ignore[assignment]
+    importlib.import_module("megatron.core")  # binds it
+    torch.compile = compile_
 
 
 def have_te() -> None:
