@@ -14,7 +14,14 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
 from dsv3_train.checkpoint.directory import check_safe
-from dsv3_train.checkpoint.state import Position, model_state, set_random_state, topology, training_state
+from dsv3_train.checkpoint.state import (
+    Position,
+    model_state,
+    set_model_state,
+    set_random_state,
+    topology,
+    training_state,
+)
 from dsv3_train.errors import UserError
 from dsv3_train.optim.ema import ParameterEma
 from dsv3_train.recipe.schema import Recipe
@@ -41,8 +48,7 @@ def load_training(
         del state["ema"]
         notes.append("the checkpoint has no parameter average: it starts anew from the parameters")
     loaded = _load(path, state, saved)
-    for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{i}"])
+    set_model_state(chunks, loaded)
     optimizer.load_state_dict(loaded["optimizer"])
     if "ema" in loaded and ema is not None:
         ema.load_state_dict(loaded["ema"])
@@ -59,8 +65,7 @@ def load_weights(path: Path, chunks: list[GPTModel]) -> Position:
     """
     common = _common(path)
     loaded = _load(path, dict(model_state(chunks)), dist_checkpointing.load_tensors_metadata(str(path)))
-    for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{i}"])
+    set_model_state(chunks, loaded)
     return Position(**common["position"])
 
 

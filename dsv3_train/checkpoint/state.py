@@ -41,8 +41,25 @@ def topology(recipe: Recipe) -> dict[str, Any]:
 
 
 def model_state(chunks: list[GPTModel]) -> dict[str, dict]:
-    """Sharded weights and routing biases (FP32) of this rank's chunks; the keys are the same in any layout."""
-    return {f"model{i}": chunk.sharded_state_dict(metadata=sharding_metadata()) for i, chunk in enumerate(chunks)}
+    """Sharded weights and routing biases (FP32) of this rank's chunks; the keys are the same in any layout.
+
+    TE's `_extra_state` stays out: only delayed scaling keeps anything there, and a checkpoint must not depend on
+    which layers wrote it.
+    """
+    states = {}
+    for i, chunk in enumerate(chunks):
+        state = chunk.sharded_state_dict(metadata=sharding_metadata())
+        states[f"model{i}"] = {name: entry for name, entry in state.items() if not name.endswith("_extra_state")}
+    return states
+
+
+def set_model_state(chunks: list[GPTModel], loaded: dict[str, dict]) -> None:
+    """Put what was loaded for `model_state` into the chunks."""
+    for i, chunk in enumerate(chunks):
+        missing, surplus = chunk.load_state_dict(loaded[f"model{i}"], strict=False)
+        wrong = [name for name in [*missing, *surplus] if not name.endswith("_extra_state")]
+        if wrong:
+            raise RuntimeError(f"weights without a place, or places without a weight: {wrong}")
 
 
 def training_state(

@@ -47,24 +47,20 @@ def initialize(chunk: GPTModel, seed: int, std: float) -> None:
 
 
 def _values(piece: ShardedTensor, seed: int, std: float) -> torch.Tensor:
-    device = piece.data.device
     if "norm" in piece.key:
-        return torch.ones(piece.local_shape, device=device)
+        return torch.ones(piece.local_shape)
     if piece.key.endswith("expert_bias"):
-        return torch.zeros(piece.local_shape, device=device)
-    offset, shape = piece.global_offset, piece.global_shape
-    if ".experts." not in piece.key or "shared_experts" in piece.key:
-        whole = _normal(shape, f"{seed}:{piece.key}", std, device)
+        return torch.zeros(piece.local_shape)
+    if ".mlp.experts." not in piece.key:
+        whole = _normal(piece.global_shape, f"{seed}:{piece.key}", std)
         return whole[piece.global_slice()].reshape(piece.local_shape)
-    # [experts, out, in], this rank's experts: one draw each.
-    experts = piece.local_shape[0] if len(piece.local_shape) == 3 else 1
-    cut = piece.global_slice()[1:]
-    drawn = [
-        _normal(shape[1:], f"{seed}:{piece.key}:{offset[0] + i}", std, device)[cut] for i in range(experts)
-    ]
+    # [experts, out, in]: one draw for each expert of this piece.
+    first, *cut = piece.global_offset[0], *piece.global_slice()[1:]
+    count = piece.local_shape[0] if piece.prepend_axis_num == 0 else 1
+    drawn = [_normal(piece.global_shape[1:], f"{seed}:{piece.key}:{first + i}", std)[tuple(cut)] for i in range(count)]
     return torch.stack(drawn).reshape(piece.local_shape)
 
 
-def _normal(shape: tuple[int, ...], name: str, std: float, device: torch.device) -> torch.Tensor:
-    generator = torch.Generator(device=device).manual_seed(zlib.crc32(name.encode()))
-    return torch.randn(shape, generator=generator, device=device).mul_(std)
+def _normal(shape: tuple[int, ...], name: str, std: float) -> torch.Tensor:
+    # On the CPU, so that the same recipe starts from the same weights on any device.
+    return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))).mul_(std)

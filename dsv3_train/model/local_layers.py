@@ -15,12 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import GroupedMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from dsv3_train.model.grouped_experts import GroupedExperts
@@ -78,6 +80,13 @@ class ReplicatedLinear(MegatronModule):
 _INSTEAD = {DotProductAttention: Attention, WrappedTorchNorm: RMSNorm, GroupedMLP: GroupedExperts}
 
 
+# TE keeps these norms inside the linear layer that follows; checkpoints bear TE's names, to serve either.
+_TE_NAMES = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
+
+
 def replace(spec: Any) -> Any:
     """A copy of a layer specification with the modules of this file where they are needed."""
     if isinstance(spec, type):
@@ -86,6 +95,11 @@ def replace(spec: Any) -> Any:
         return [replace(item) for item in spec]
     if isinstance(spec, MLASelfAttentionSubmodules):
         spec = dataclasses.replace(spec, linear_q_down_proj=ReplicatedLinear, linear_kv_down_proj=ReplicatedLinear)
+    if isinstance(spec, TransformerLayerSubmodules):
+        names = dict(_TE_NAMES)
+        if spec.mlp.module is MLP:
+            names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+        spec = dataclasses.replace(spec, sharded_state_dict_keys_map=names)
     if isinstance(spec, ModuleSpec) or dataclasses.is_dataclass(spec):
         changes = {field.name: replace(getattr(spec, field.name)) for field in dataclasses.fields(spec)}
         return dataclasses.replace(spec, **changes)

@@ -265,3 +265,15 @@ def use_linear(linear: type) -> None:
     from megatron.core.transformer import multi_latent_attention
 
     multi_latent_attention.Linear = linear
+
+
+@contextlib.contextmanager
+def on_meta():
+    """Build models without memory: Megatron's allocations go to the meta device."""
+    before = torch.cuda.current_device
+    torch.cuda.current_device = lambda: torch.device("meta")  # type: ignore[assignment,return-value]
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.cuda.current_device = before  # type: ignore[assignment]

@@ -48,23 +48,35 @@ def start(recipe: Recipe, device: str) -> None:
 
     The order of ranks is Megatron's: tensor, context, expert, data, pipeline (fastest first).
     """
-    from megatron.core import parallel_state, tensor_parallel
-
     if device == "cpu":
         torch.set_num_threads(1)
     else:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl", timeout=_TIMEOUT)
-    parallel = recipe.parallel
+    _divide(recipe)
+
+
+def pretend(recipe: Recipe, rank: int) -> None:
+    """Be `rank` of the recipe's world in one process: torch's `fake` groups have sizes, but nobody in them."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    world_size = recipe.parallel.world_size
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    _divide(recipe, create_gloo_process_groups=False)
+
+
+def _divide(recipe: Recipe, **options: bool) -> None:
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel, virtual = recipe.parallel, recipe.pipeline.virtual_stages
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=(
-            recipe.pipeline.virtual_stages if recipe.pipeline.virtual_stages > 1 else None
-        ),
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
+        **options,
     )
     torch.manual_seed(recipe.training.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(recipe.training.seed)

@@ -1,0 +1,93 @@
+"""Every parameter of a recipe, stage by stage, from the model itself built on the meta device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.models.gpt import GPTModel
+
+from dsv3_train.model.build import build_chunks
+from dsv3_train.model.config import megatron_config
+from dsv3_train.model.init import sharding_metadata
+from dsv3_train.recipe.layout import stages
+from dsv3_train.recipe.schema import Recipe
+from dsv3_train.runtime import cpu, distributed
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the pipeline."""
+
+    pipeline_rank: int
+    virtual_stage: int
+    layers: str
+    """As in `pipeline.layout`."""
+    parameters: int
+    """Distinct values of the whole model that lie here, routing biases included."""
+    parameters_per_rank: int
+    """Values of this stage that one process holds, copies included."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """Parameters of the whole model; routing biases count, as in the published index."""
+
+    main: int
+    mtp: int
+    """Of the MTP modules, without their copies of embedding and output head."""
+    active: int
+    """Of the main model, per token, embedding included."""
+    stages: list[Stage]
+
+
+def account(recipe: Recipe) -> Account:
+    """Build each stage as its first rank would, and count.
+
+    Process groups are torch's `fake` ones of the recipe's world size, so nothing communicates and any
+    number of processes fits one machine.
+    """
+    placed = stages(recipe)
+    pipeline = recipe.parallel.pipeline
+    ranks_per_stage = recipe.parallel.world_size // pipeline
+    counted: dict[str, int] = {}
+    rows = []
+    for pipeline_rank in range(pipeline):
+        distributed.pretend(recipe, pipeline_rank * ranks_per_stage)
+        try:
+            with cpu.on_meta():
+                chunks = build_chunks(recipe, megatron_config(recipe, "meta"))
+                sizes = [_global_sizes(chunk) for chunk in chunks]
+        finally:
+            distributed.stop()
+        for virtual, (chunk, found) in enumerate(zip(chunks, sizes, strict=True)):
+            held = [*chunk.parameters(), *(b for n, b in chunk.named_buffers() if n.endswith("expert_bias"))]
+            rows.append(
+                Stage(
+                    pipeline_rank,
+                    virtual,
+                    placed[virtual * pipeline + pipeline_rank],
+                    # The embedding's copy on MTP's stage has the embedding's name.
+                    sum(size for name, size in found.items() if name not in counted),
+                    sum(tensor.numel() for tensor in held),
+                )
+            )
+            counted |= found
+    main = sum(size for name, size in counted.items() if not name.startswith("mtp."))
+    model = recipe.model
+    routed = sum(s for name, s in counted.items() if ".mlp.experts." in name and not name.startswith("mtp."))
+    idle = routed * (model.n_routed_experts - model.num_experts_per_tok) // model.n_routed_experts
+    return Account(main, sum(counted.values()) - main, main - idle, rows)
+
+
+def _global_sizes(chunk: GPTModel) -> dict[str, int]:
+    """Values of each global tensor that this stage has a part of."""
+    sizes = {}
+    for entry in nested_values(chunk.sharded_state_dict(metadata=sharding_metadata())):
+        pieces = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+        for piece in pieces:
+            if isinstance(piece, ShardedTensor):
+                sizes[piece.key] = math.prod(piece.global_shape)
+    return sizes
