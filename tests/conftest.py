@@ -1,0 +1,6 @@
+"""Test helpers are importable from anywhere under tests/."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "distributed"))

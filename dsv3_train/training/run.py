@@ -18,7 +18,6 @@ from dsv3_train.data import datasets
 from dsv3_train.optim.ema import ParameterEma
 from dsv3_train.optim.schedules import Schedules, Values
 from dsv3_train.recipe.schema import Recipe
-from dsv3_train.runtime import distributed
 from dsv3_train.training.assemble import assemble
 from dsv3_train.training.log import RunLog
 from dsv3_train.training.record import StepRecord
@@ -28,6 +27,7 @@ from dsv3_train.training.step import (
     Batch,
     evaluate,
     forward_backward,
+    gather_parameters,
     micro_batches_per_step,
     needs_data,
     update,
@@ -38,16 +38,14 @@ class Run:
     """One rank's share of a training run."""
 
     def __init__(self, recipe: Recipe, run_dir: Path, device: str, startup: Startup) -> None:
-        """Join the other ranks and build everything. Collective.
+        """Build everything; the process groups are there already. Collective.
 
         Raises:
             UserError: the data or the checkpoint to resume from is at fault.
         """
         self.recipe, self.run_dir, self.device, self.startup = recipe, run_dir, device, startup
         self.schedules = Schedules(recipe)
-        distributed.start(recipe, device)
         self.leader = torch.distributed.get_rank() == 0
-        startup.mark("process groups")
         self.train_data, self.valid_data = datasets.build(
             recipe, run_dir / "cache", self.schedules.total_samples, recipe.training.eval_sequences
         )
@@ -102,7 +100,6 @@ class Run:
         self.writer.finish()
         if self.log:
             self.log.close()
-        distributed.stop()
 
     def _plan(self, stop_after: int | None) -> Iterator[tuple[int, int]]:
         """First sample and size of each global batch from here on."""
@@ -136,6 +133,7 @@ class Run:
         grad_norm = update(self.trainer, values)
         clock.mark("optimizer")
         if self.ema:
+            gather_parameters(self.trainer)
             self.ema.update()
         self.writer.poll()
         position = self.position
@@ -179,6 +177,7 @@ class Run:
     def _validate(self) -> None:
         if self.valid_data is None:
             return
+        gather_parameters(self.trainer)
         training, data_size = self.recipe.training, parallel_state.get_data_parallel_world_size()
         count = max(1, training.eval_sequences // (training.micro_batch_size * data_size))
         sequences = count * training.micro_batch_size * data_size
@@ -188,6 +187,7 @@ class Run:
             self.log.validation(self.position.step, self.position.consumed_tokens, loss, None)
 
     def _save(self) -> None:
+        gather_parameters(self.trainer)
         state = training_state(
             self.recipe,
             self.position,

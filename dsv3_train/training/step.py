@@ -123,6 +123,13 @@ def update(trainer: Trainer, values: Values) -> float:
     return float(grad_norm)
 
 
+def gather_parameters(trainer: Trainer) -> None:
+    """Make every rank's parameters current where their all-gather was left to the next forward pass. Collective."""
+    if trainer.recipe.parallel.overlap_param_gather:
+        for chunk in trainer.chunks:
+            chunk.start_param_sync(force_sync=True)
+
+
 @torch.no_grad()
 def evaluate(trainer: Trainer, batches: list[Batch] | None, count: int) -> float:
     """Mean loss per token (nats) over micro-batches, the same on every rank."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsv3_train.recipe.schema import Recipe
+from dsv3_train.runtime.launch import launch
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -52,32 +55,55 @@ def tiny(**changes: Any) -> Recipe:
     return Recipe.model_validate(raw)
 
 
-def batch(recipe: Recipe, step: int, index: int) -> dict[str, torch.Tensor]:
-    """Micro-batch `index` of global batch `step`, the same in any layout: noisy arithmetic sequences."""
+def sample(recipe: Recipe, step: int, index: int) -> torch.Tensor:
+    """Sequence `index` of global batch `step`, [1, s + 1], the same in any layout: a noisy arithmetic sequence."""
     generator = torch.Generator().manual_seed(1000 * step + index)
     length = recipe.training.sequence_length + 1
     start = torch.randint(0, recipe.model.vocab_size, (1, 1), generator=generator)
     noise = torch.randint(0, 2, (1, length), generator=generator)
-    tokens = (start + noise + 7 * (1 + index % 2) * torch.arange(length)) % recipe.model.vocab_size
+    return (start + noise + 7 * (1 + index % 2) * torch.arange(length)) % recipe.model.vocab_size
+
+
+def batch(recipe: Recipe, step: int, index: int) -> dict[str, torch.Tensor]:
+    """Micro-batch `index` of global batch `step`."""
+    size = recipe.training.micro_batch_size
+    tokens = torch.cat([sample(recipe, step, index * size + i) for i in range(size)])
     return {
-        "tokens": tokens[:, :-1],
-        "labels": tokens[:, 1:],
-        "position_ids": torch.arange(length - 1)[None],
-        "loss_mask": torch.ones(1, length - 1),
+        "tokens": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
+        "position_ids": torch.arange(tokens.size(1) - 1).expand(size, -1),
+        "loss_mask": torch.ones(size, tokens.size(1) - 1),
     }
 
 
-def train(recipe: Recipe, out: Path, steps: int = 6) -> None:
+def in_processes(work: Callable[[], None], world_size: int) -> None:
+    """Run `work` in forked processes, also where one would do: Megatron's state is global."""
+    if world_size > 1:
+        launch(work, world_size, "cpu")
+        return
+    process = multiprocessing.get_context("fork").Process(target=launch, args=(work, 1, "cpu"))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def train(recipe: Recipe, out: Path, steps: int = 6, device: str = "cpu") -> None:
     """Train on this rank; leaves losses, grad norms, step 1's gradients and the final weights in `out/RANK.pt`."""
     from megatron.core import parallel_state
 
     from dsv3_train.optim.schedules import Schedules
     from dsv3_train.runtime import distributed
     from dsv3_train.training.assemble import assemble
-    from dsv3_train.training.step import forward_backward, micro_batches_per_step, needs_data, update
+    from dsv3_train.training.step import (
+        forward_backward,
+        gather_parameters,
+        micro_batches_per_step,
+        needs_data,
+        update,
+    )
 
-    distributed.start(recipe, "cpu")
-    trainer = assemble(recipe, "cpu")
+    distributed.start(recipe, device)
+    trainer = assemble(recipe, device)
     schedules = Schedules(recipe)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     result: dict[str, Any] = {"losses": [], "norms": []}
@@ -85,7 +111,10 @@ def train(recipe: Recipe, out: Path, steps: int = 6) -> None:
     for step in range(steps):
         values = schedules.at(consumed)
         count = micro_batches_per_step(recipe, values.batch_size)
-        batches = [batch(recipe, step, m * size + rank) for m in range(count)] if needs_data(trainer) else None
+        batches = None
+        if needs_data(trainer):
+            drawn = [batch(recipe, step, m * size + rank) for m in range(count)]
+            batches = [{name: x.to(device) for name, x in micro_batch.items()} for micro_batch in drawn]
         losses = forward_backward(trainer, values, batches, count)
         result["losses"].append((losses.loss, losses.mtp, losses.balance))
         if step == 0:
@@ -93,6 +122,7 @@ def train(recipe: Recipe, out: Path, steps: int = 6) -> None:
             result["gradients"] = _by_global_name(trainer, lambda parameter: parameter.main_grad)
         result["norms"].append(update(trainer, values))
         consumed += values.batch_size
+    gather_parameters(trainer)
     counts, biases = trainer.load.gather()
     result["expert_counts"], result["expert_biases"] = counts, biases
     result["weights"] = _by_global_name(trainer, lambda parameter: parameter)
@@ -125,7 +155,7 @@ def _by_global_name(trainer: Any, of: Any) -> list[tuple[str, tuple, tuple, torc
         for entry in nested_values(model.sharded_state_dict(metadata=sharding_metadata())):
             if not isinstance(getattr(entry, "data", None), torch.nn.Parameter):
                 continue
-            entry.data = of(entry.data).detach().clone()
+            entry.data = of(entry.data).detach().clone().cpu()
             for piece in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
                 pieces.append((piece.key, piece.global_shape, piece.global_slice(), piece.data))
     return pieces

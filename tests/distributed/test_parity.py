@@ -1,0 +1,95 @@
+"""Every layout trains as one process does: losses of six steps, every gradient of the first, final weights.
+
+FP32 over gloo. Tolerance 1e-5 relative, for sums that run in another order; expert counts are exact.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from parity import in_processes, tiny, train, whole
+
+from dsv3_train.runtime import distributed
+
+LAYOUTS = {
+    "dp2": ({"world_size": 2}, {}),
+    "ep2": ({"world_size": 2, "expert": 2}, {}),
+    "ep2_allgather": ({"world_size": 2, "expert": 2, "dispatcher": "allgather"}, {}),
+    "pp2": ({"world_size": 2, "pipeline": 2}, {"layout": "Ett|ttmL"}),
+    "pp2_uneven": ({"world_size": 2, "pipeline": 2}, {"layout": "Ettt|tmL"}),
+    "pp2_vpp2": (
+        {"world_size": 2, "pipeline": 2},
+        {"layout": "Et|t|t|tmL", "virtual_stages": 2, "schedule": "interleaved"},
+    ),
+    "pp2_ep2": ({"world_size": 4, "pipeline": 2, "expert": 2}, {"layout": "Ett|ttmL"}),
+    "tp2": ({"world_size": 2, "tensor": 2}, {}),
+    "tp2_ep2": ({"world_size": 2, "tensor": 2, "expert": 2}, {}),
+    "tp2_etp2": ({"world_size": 2, "tensor": 2, "expert_tensor": 2}, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Train a recipe in as many processes as it wants; returns rank 0's losses and the global tensors."""
+    distributed.prepare_import("cpu")
+    import dsv3_train.training.assemble  # noqa: F401  once, before forking
+
+    done: dict = {}
+
+    def train_once(recipe):
+        key = recipe.model_dump_json()
+        if key not in done:
+            out = tmp_path_factory.mktemp("parity")
+            world = recipe.parallel.world_size
+            in_processes(lambda: train(recipe, out), world)
+            first = torch.load(out / "0.pt", weights_only=False)
+            done[key] = first | {what: whole(out, world, what) for what in ("gradients", "weights")}
+        return done[key]
+
+    return train_once
+
+
+def assert_same(got: dict, expected: dict, tolerance: float = 1e-5) -> None:
+    """Losses, norms, gradients, weights, counts and biases of two runs."""
+    torch.testing.assert_close(got["losses"], expected["losses"], rtol=tolerance, atol=0)
+    torch.testing.assert_close(got["norms"], expected["norms"], rtol=tolerance, atol=0)
+    for what in ("gradients", "weights"):
+        assert got[what].keys() == expected[what].keys()
+        for name, tensor in got[what].items():
+            error = (tensor - expected[what][name]).norm() / expected[what][name].norm()
+            assert error < tolerance, (what, name, float(error))
+    assert torch.equal(got["expert_counts"], expected["expert_counts"])
+    torch.testing.assert_close(got["expert_biases"], expected["expert_biases"], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("zero1", [False, True], ids=["", "zero1"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout(run, layout, zero1):
+    parallel, pipeline = LAYOUTS[layout]
+    got = run(tiny(parallel={**parallel, "zero1": zero1}, pipeline=pipeline))
+    assert_same(got, run(tiny()))
+
+
+@pytest.mark.parametrize("layout", ["dp2", "pp2_ep2"])
+def test_overlapped_reduction(run, layout):
+    parallel, pipeline = LAYOUTS[layout]
+    overlap = {"overlap_grad_reduce": True, "overlap_param_gather": True, "zero1": True}
+    got = run(tiny(parallel={**parallel, **overlap}, pipeline=pipeline))
+    assert_same(got, run(tiny()))
+
+
+@pytest.mark.parametrize("modules", [["layernorm", "mla_up_proj", "moe_act"], ["mlp", "core_attn"], ["moe"], ["full"]])
+def test_recompute(run, modules):
+    got = run(tiny(training={"recompute": modules}))
+    assert_same(got, run(tiny()))
+
+
+def test_two_sequences_per_micro_batch(run):
+    """Losses are means over tokens and the balance loss is per sequence, whatever the micro-batch size."""
+    assert_same(run(tiny(training={"micro_batch_size": 2})), run(tiny()))
+
+
+def test_a_wrong_gradient_is_seen(run):
+    """The comparison itself: another seed of weights must not pass for the same run."""
+    with pytest.raises(AssertionError):
+        assert_same(run(tiny(training={"seed": 4321})), run(tiny()))
