@@ -1,0 +1,1 @@
+"""From text to micro-batches: tokenising, fill-in-the-middle, indexed datasets, packing, blending."""

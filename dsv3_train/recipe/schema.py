@@ -147,7 +147,7 @@ class Data(Section):
     """Empty: the last `valid_fraction` of each training dataset's documents."""
     valid_fraction: float = Field(default=0.01, ge=0, lt=1)
     tokenizer: Union[str, None] = None
-    """null: the `tokenizer.json` beside the first training dataset."""
+    """null: PREFIX.tokenizer.json of the first training dataset."""
     prepare: Union[Prepare, None] = None
     seed: int = 1234
     """Order of documents and samples."""

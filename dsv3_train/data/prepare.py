@@ -1,0 +1,331 @@
+"""Text files to an indexed dataset: tokenizer, shards in worker processes, merge. Killed, it goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+import dsv3_train
+from dsv3_train.data import index, manifest, shard
+from dsv3_train.data.documents import Piece, read
+from dsv3_train.data.inputs import InputFile, find
+from dsv3_train.data.manifest import Manifest
+from dsv3_train.data.merge import merge
+from dsv3_train.data.shard import Part, Shard, Work
+from dsv3_train.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer, train
+from dsv3_train.errors import UserError
+from dsv3_train.recipe.schema import Prepare
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total), the latter two in bytes."""
+
+TRAINING_BOUND = 32_000_000
+"""Characters that a tokenizer is trained on at most: BPE merges settle long before, time and memory do not."""
+
+
+def prepare(
+    settings: Prepare,
+    progress: Progress = lambda stage, done, total: None,
+    *,
+    text_key: str = "text",
+    workers: int | None = None,
+) -> Manifest:
+    """Make the dataset at `settings.output`, or return at once if it is there.
+
+    Writes OUTPUT.bin, .idx, .tokenizer.json and, last, .manifest.json, each by rename from OUTPUT.parts, where a
+    killed run leaves what it had finished. The result depends on inputs and settings alone, not on `workers`
+    (processes; None: one per core).
+
+    Raises:
+        UserError: an input, the tokenizer or the output path is at fault, or other data is at `settings.output`.
+    """
+    try:
+        return _prepare(settings, progress, text_key, workers or len(os.sched_getaffinity(0)))
+    except OSError as error:
+        raise UserError(f"{error.filename or settings.output}: {error.strerror or error}") from None
+    except BrokenProcessPool:
+        raise UserError(
+            f"{settings.output}: a worker process was killed (out of memory?); finished parts are kept, "
+            "run again with fewer workers"
+        ) from None
+
+
+def _prepare(settings: Prepare, progress: Progress, text_key: str, workers: int) -> Manifest:
+    prefix = _checked_prefix(settings.output)
+    given = Tokenizer.load(settings.tokenizer) if settings.tokenizer else None
+    asked = manifest.Settings(
+        inputs=settings.inputs,
+        tokenizer=given.sha256 if given else None,
+        vocab_size=None if given else settings.vocab_size,
+        fim_rate=settings.fim_rate,
+        seed=settings.seed,
+        text_key=text_key,
+    )
+    if existing := _existing(prefix, asked):
+        return existing
+    if given and settings.fim_rate:
+        for role in ("fim_begin", "fim_hole", "fim_end"):
+            given.special(role)
+    if not given and settings.vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"vocab_size: {settings.vocab_size} is less than all bytes and the special tokens; "
+            f"set at least {SMALLEST_VOCABULARY}"
+        )
+    files = find(settings.inputs)
+    with _parts_directory(prefix) as parts, _pool(workers) as pool:
+        hashes = _hash(files, pool, progress)
+        tokenizer, trained_on = _tokenizer(parts, settings, given, files, hashes, text_key, progress)
+        work = Work(
+            parts=str(parts),
+            tokenizer=tokenizer.name,
+            fim_rate=settings.fim_rate,
+            seed=settings.seed,
+            text_key=text_key,
+            dtype="uint16" if tokenizer.vocab_size <= 2**16 else "int32",
+        )
+        shards = shard.plan(files, hashes, work, tokenizer.sha256)
+        results = _tokenise(shards, work, pool, progress)
+        counts, bad = _counts(files, results)
+        if counts.documents == 0:
+            reason = f"; {_place(bad[0])}: {bad[0].reason}" if bad else ""
+            raise UserError(f"{', '.join(settings.inputs)}: no document with text among {counts.files} files{reason}")
+        merged = merge(results, work, tokenizer.vocab_size, progress)
+        result = Manifest(
+            settings=asked,
+            counts=counts,
+            bad=bad,
+            tokenizer=manifest.TokenizerFacts(
+                sha256=tokenizer.sha256,
+                vocab_size=tokenizer.vocab_size,
+                eos_id=tokenizer.eos_id,
+                trained_on_characters=trained_on,
+                training_bound_characters=None if given else TRAINING_BOUND,
+            ),
+            dtype=work.dtype,
+            max_token=merged.max_token,
+            unigram_entropy=merged.unigram_entropy,
+            sha256={"bin": merged.bin_sha256, "idx": merged.idx_sha256},
+            inputs=[manifest.Source(name=f.name, bytes=f.size, sha256=hashes[f.path]) for f in files],
+            versions={
+                "dsv3_train": dsv3_train.__version__,
+                "tokenizers": tokenizers.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+        )
+        manifest.save(result, parts / "manifest.json")
+        shutil.copyfile(tokenizer.name, parts / "published.json")
+        for unfinished, name in (
+            (merged.bin, "bin"),
+            (merged.idx, "idx"),
+            (parts / "published.json", "tokenizer.json"),
+            (parts / "manifest.json", "manifest.json"),
+        ):
+            _publish(unfinished, Path(f"{prefix}.{name}"))
+    return result
+
+
+def _checked_prefix(prefix: str) -> str:
+    if prefix.endswith("/") or os.path.isdir(prefix):
+        raise UserError(f"{prefix}: is a directory; give a prefix in it, such as {prefix.rstrip('/')}/corpus")
+    return prefix
+
+
+def _existing(prefix: str, asked: manifest.Settings) -> Manifest | None:
+    """What is at `prefix` if it is what is asked for; None if nothing is."""
+    found = manifest.load(prefix)
+    if found is None:
+        for name in ("bin", "idx"):
+            # An interrupted run of ours may have got as far as this, but then its parts are still there.
+            if os.path.exists(f"{prefix}.{name}") and not os.path.isdir(f"{prefix}.parts"):
+                raise UserError(
+                    f"{prefix}.{name}: exists without a manifest, so it is not ours to overwrite; "
+                    "remove it or choose another output"
+                )
+        return None
+    for key, value in asked:
+        if getattr(found.settings, key) != value:
+            raise UserError(
+                f"{prefix}: prepared with {key} {getattr(found.settings, key)!r}, not {value!r}; "
+                f"choose another output, or remove {prefix}.manifest.json, .bin and .idx to prepare again"
+            )
+    index.read(prefix)
+    return found
+
+
+@contextlib.contextmanager
+def _parts_directory(prefix: str) -> Iterator[Path]:
+    """PREFIX.parts, locked; removed at the end and after a fault of the input, kept for a run that was cut short."""
+    parts = Path(f"{prefix}.parts")
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{prefix}: cannot be written ({error.strerror}); choose another output") from None
+    with open(parts / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{parts}: another process is preparing this dataset; wait for it") from None
+        try:
+            yield parts
+        except BaseException as error:
+            if isinstance(error, UserError) or not any(parts.glob("*.json")):
+                shutil.rmtree(parts)
+            raise
+        shutil.rmtree(parts)
+
+
+@contextlib.contextmanager
+def _pool(workers: int) -> Iterator[Executor | None]:
+    """Worker processes, started fresh so that they hold none of this one's memory; None: work in this one."""
+    if workers == 1:
+        yield None
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=shard.start_worker) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _map(pool: Executor | None, function: Callable, tasks: Iterable[tuple]) -> Iterator[tuple[int, object]]:
+    """(task number, result) as they finish."""
+    if pool is None:
+        for number, task in enumerate(tasks):
+            yield number, function(*task)
+        return
+    futures: dict[Future, int] = {pool.submit(function, *task): number for number, task in enumerate(tasks)}
+    for future in as_completed(futures):
+        yield futures[future], future.result()
+
+
+def _hash(files: list[InputFile], pool: Executor | None, progress: Progress) -> dict[str, str]:
+    """sha256 of each file by path."""
+    hashes: dict[str, str] = {}
+    done, total = 0, sum(file.size for file in files)
+    # Many small files make one task: handing a file over costs more than hashing it.
+    groups = [files[i : i + 64] for i in range(0, len(files), 64)]
+    for number, result in _map(pool, hash_files, [([file.path for file in group],) for group in groups]):
+        hashes.update(zip((file.path for file in groups[number]), result, strict=True))
+        done += sum(file.size for file in groups[number])
+        progress("hashing", done, total)
+    return hashes
+
+
+def hash_files(paths: list[str]) -> list[str]:
+    """sha256 of each file."""
+    digests = []
+    for path in paths:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        digests.append(digest.hexdigest())
+    return digests
+
+
+def _tokenizer(
+    parts: Path,
+    settings: Prepare,
+    given: Tokenizer | None,
+    files: list[InputFile],
+    hashes: dict[str, str],
+    text_key: str,
+    progress: Progress,
+) -> tuple[Tokenizer, int | None]:
+    """The tokenizer as a file in `parts`, and the characters it was trained on."""
+    if given:
+        path = parts / "given.json"
+        shutil.copyfile(settings.tokenizer or "", path)
+        return Tokenizer.load(path), None
+    content = "".join(hashes[file.path] for file in files)
+    key = hashlib.sha256(f"{settings.vocab_size} {text_key} {TRAINING_BOUND} {content}".encode()).hexdigest()[:32]
+    sizes = list(parts.glob(f"trained-{key}-*.json"))
+    if not sizes:
+        seen = 0
+
+        def counted() -> Iterator[str]:
+            nonlocal seen
+            for text in _sample(files, text_key):
+                seen += len(text)
+                progress("training tokenizer", min(seen, TRAINING_BOUND), TRAINING_BOUND)
+                yield text
+
+        definition = train(counted(), settings.vocab_size)
+        unfinished = parts / "trained.tmp"
+        unfinished.write_bytes(definition)
+        sizes = [parts / f"trained-{key}-{seen}.json"]
+        os.replace(unfinished, sizes[0])
+    return Tokenizer.load(sizes[0]), int(sizes[0].stem.split("-")[-1])
+
+
+def _sample(files: list[InputFile], text_key: str) -> Iterator[str]:
+    """Documents to train a tokenizer on: the beginning of every file, TRAINING_BOUND characters in all."""
+    per_file = max(TRAINING_BOUND // len(files), 1 << 20)
+    left = TRAINING_BOUND
+    for file in files:
+        left_of_file = min(per_file, left)
+        for _, text in read(Piece(file, 0, file.size), text_key):
+            if isinstance(text, str) and text:
+                yield text[:left_of_file]
+                taken = min(len(text), left_of_file)
+                left_of_file, left = left_of_file - taken, left - taken
+            if left_of_file == 0:
+                break
+        if left == 0:
+            return
+
+
+def _tokenise(shards: list[Shard], work: Work, pool: Executor | None, progress: Progress) -> list[Part]:
+    """Every shard's part, in order; those of an earlier run are taken over."""
+    results = [shard.finished(one, work) for one in shards]
+    missing = [number for number, result in enumerate(results) if result is None]
+    total = sum(one.size for one in shards)
+    done = total - sum(shards[number].size for number in missing)
+    progress("tokenising", done, total)
+    for number, result in _map(pool, shard.tokenise, [(shards[number], work) for number in missing]):
+        results[missing[number]] = result  # type: ignore[call-overload]
+        done += shards[missing[number]].size
+        progress("tokenising", done, total)
+    return results  # type: ignore[return-value]
+
+
+def _counts(files: list[InputFile], results: list[Part]) -> tuple[manifest.Counts, list[manifest.Bad]]:
+    """Sums over the parts, and the first faults with their lines counted from the beginning of their file."""
+    bad: list[manifest.Bad] = []
+    lines_before: dict[str, int] = {}
+    for part in results:
+        for file, line, reason in part.faults:
+            bad.append(manifest.Bad(file=file, line=line + lines_before.get(file, 0) if line else None, reason=reason))
+        for file, lines in part.lines.items():
+            lines_before[file] = lines_before.get(file, 0) + lines
+
+    def total(name: str) -> int:
+        return sum(getattr(part, name) for part in results)
+
+    names = ("documents", "bytes", "characters", "tokens", "fim_documents", "empty_documents", "bad")
+    return manifest.Counts(files=len(files), **{name: total(name) for name in names}), bad[: shard.FAULTS_LISTED]
+
+
+def _place(bad: manifest.Bad) -> str:
+    return bad.file if bad.line is None else f"{bad.file}:{bad.line}"
+
+
+def _publish(unfinished: Path, final: Path) -> None:
+    """Give a finished file its name, once it is on the disk."""
+    with open(unfinished, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(unfinished, final)
