@@ -48,22 +48,31 @@ def prune(root: Path, keep_last: int) -> None:
         shutil.rmtree(doomed)
 
 
+_CHECKPOINT = "torch.distributed.checkpoint"
 _ALLOWED = {
-    "collections": {"OrderedDict"},
-    "torch": {"Size", "device"},
+    f"{_CHECKPOINT}.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    f"{_CHECKPOINT}.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    f"{_CHECKPOINT}.filesystem": {"_StorageInfo"},
+    "torch": {"Size", "bfloat16", "float32", "float16", "uint8", "int16", "int32", "int64", "bool"},
     "torch.serialization": {"_get_layout"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "_codecs": {"encode"},
 }
-_ALLOWED_PREFIXES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+"""Every name in the table of contents of a checkpoint: plain records, types and enumerations."""
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Refuses every name but those that a checkpoint's table of contents is made of."""
+class _ContentsUnpickler(pickle.Unpickler):
+    """Refuses every name but those of `_ALLOWED`."""
 
     def find_class(self, module: str, name: str):
-        allowed = name in _ALLOWED.get(module, ()) or (module in _ALLOWED_PREFIXES and "." not in name)
-        if not allowed and not (module == "torch" and name.endswith(("float16", "float32", "int32", "int64"))):
+        if name not in _ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)
 
@@ -79,7 +88,7 @@ def check_safe(path: Path) -> None:
     file = path / ".metadata"
     try:
         with file.open("rb") as stream:
-            _MetadataUnpickler(stream).load()
+            _ContentsUnpickler(stream).load()
     except FileNotFoundError:
         raise UserError(f"{path}: the checkpoint has no .metadata; it is damaged, take another") from None
     except Exception as error:
