@@ -1,0 +1,11 @@
+"""Tests here need a GPU with Transformer Engine; anywhere else they are skipped."""
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "/gpu/" in str(item.path):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
