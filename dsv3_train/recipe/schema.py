@@ -202,7 +202,8 @@ class Schedule(Section):
 
     lr: Piecewise
     batch_size: Piecewise
-    """Sequences per global batch, rounded down to a multiple of micro-batch size x data parallel size."""
+    """Sequences per global batch, rounded down to a multiple of micro-batch size x data parallel size (and x pipeline
+    size in the interleaved schedule)."""
     mtp_weight: Piecewise = [Segment(constant=0.0)]
     """Weight (lambda) of the Multi-Token Prediction loss."""
     bias_update_speed: Piecewise = [Segment(constant=0.0)]
@@ -269,3 +270,11 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
     runtime: Runtime = Runtime()
+
+    @property
+    def batch_multiple(self) -> int:
+        """Sequences that every global batch is a multiple of: one micro-batch per data-parallel rank, or, in the
+        interleaved schedule, which needs whole groups, one per stage of each.
+        """
+        group = self.parallel.pipeline if self.pipeline.schedule == "interleaved" else 1
+        return self.training.micro_batch_size * self.parallel.data * group
