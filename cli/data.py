@@ -1,5 +1,128 @@
+"""`dsv3 data`: make indexed datasets and look into them."""
+
 from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-app = typer.Typer(no_args_is_help=True)
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dsv3_train.data.manifest import Manifest
+    from dsv3_train.data.prepare import Progress
+
+app = typer.Typer(no_args_is_help=True, help="Make indexed datasets from text, and look into them.")
+
+_AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Text files (one document each), JSONL files (one document per line), either plain, .gz or .zst; "
+            "directories; globs; python-stdlib.",
+            metavar="INPUT...",
+        ),
+    ],
+    output: Annotated[str, typer.Option(help="Prefix of the files to write.", metavar="PREFIX")],
+    tokenizer: Annotated[Optional[str], typer.Option(help="A tokenizer.json; without it, train one.")] = None,
+    vocab_size: Annotated[Optional[int], typer.Option(help="Tokens of a trained tokenizer [default: 4096].")] = None,
+    fim_rate: Annotated[
+        float, typer.Option(help="Share of documents rearranged for fill-in-the-middle; 0.1 in the report.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the choice of those documents.")] = 1234,
+    text_key: Annotated[str, typer.Option(help="The key of a JSON line that holds the text.")] = "text",
+    workers: Annotated[
+        Optional[int], typer.Option(min=1, help="Processes [default: one per core]; the result is the same for any.")
+    ] = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Tokenise text into PREFIX.bin, .idx, .tokenizer.json and .manifest.json.
+
+    A run that was killed goes on where it stopped; what is there already is not made again.
+
+    Example: dsv3 data prepare python-stdlib --vocab-size 4096 --fim-rate 0.1 --output data/stdlib
+    """
+    from dsv3_train.data.prepare import prepare as run
+    from dsv3_train.errors import UserError
+    from dsv3_train.recipe.schema import Prepare
+
+    if tokenizer and vocab_size:
+        raise UserError("--vocab-size: the tokenizer of --tokenizer has its own; give one of the two")
+    if not 0 <= fim_rate <= 1:
+        raise UserError(f"--fim-rate: {fim_rate:g} is no share of documents; give 0 to 1")
+    if vocab_size is not None and vocab_size < 1:
+        raise UserError(f"--vocab-size: {vocab_size} is no number of tokens; give 260 or more")
+    trained = {} if vocab_size is None else {"vocab_size": vocab_size}
+    settings = Prepare(inputs=inputs, output=output, tokenizer=tokenizer, fim_rate=fim_rate, seed=seed, **trained)
+    with _progress() as progress:
+        manifest = run(settings, progress, text_key=text_key, workers=workers)
+    print(manifest.model_dump_json(indent=1) if as_json else _summary(output, manifest))
+
+
+@app.command()
+def show(
+    prefix: Annotated[str, typer.Argument(help="Prefix of a dataset.")],
+    document: Annotated[int, typer.Option(help="The document to print the beginning of, from 0.")] = 0,
+    as_json: _AsJson = False,
+) -> None:
+    """Verify that a dataset is whole, and show what it holds.
+
+    Example: dsv3 data show data/stdlib --document 3
+    """
+    import dataclasses
+    import json
+
+    from dsv3_train.data.show import show as run
+
+    contents = run(prefix, document)
+    if as_json:
+        manifest = contents.manifest and contents.manifest.model_dump()
+        print(json.dumps({**dataclasses.asdict(contents), "manifest": manifest}))
+        return
+    if contents.manifest:
+        print(_summary(prefix, contents.manifest))
+    else:
+        print(f"{prefix}: {contents.documents:,} documents, {contents.tokens:,} tokens ({contents.dtype}), no manifest")
+    shown = contents.document
+    print(f"document {shown.number}: {shown.tokens:,} tokens, the first {len(shown.first_ids)}:")
+    print(shown.first_ids if shown.text is None else shown.text)
+
+
+def _summary(prefix: str, manifest: Manifest) -> str:
+    counts, tokenizer = manifest.counts, manifest.tokenizer
+    lines = [
+        f"{prefix}: {counts.documents:,} documents, {counts.tokens:,} tokens ({manifest.dtype})",
+        f"  text       {counts.bytes:,} bytes of {counts.files:,} files, {counts.bytes / counts.tokens:.2f} per token",
+        f"  tokenizer  {tokenizer.vocab_size:,} tokens, in {prefix}.tokenizer.json",
+        f"  entropy    {manifest.unigram_entropy:.4f} nats per token, of single tokens",
+        f"  FIM        {counts.fim_documents:,} documents at rate {manifest.settings.fim_rate:g}",
+        f"  left out   {counts.empty_documents:,} empty documents, {counts.bad:,} bad lines or files",
+    ]
+    for bad in manifest.bad[:10]:
+        lines.append(f"    {bad.file}{'' if bad.line is None else f':{bad.line}'}: {bad.reason}")
+    if counts.bad > 10:
+        lines.append(f"    ... the first {len(manifest.bad)} are in {prefix}.manifest.json")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar on the terminal, on stderr; nothing where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    with Bars(console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks: dict[str, int] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+
+        yield report

@@ -1,0 +1,294 @@
+"""`dsv3 data prepare`: what is in the files, whoever made them and however often it was interrupted."""
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+
+from dsv3_train.data import prepare as prepare_module
+from dsv3_train.data import shard
+from dsv3_train.data.inputs import find
+from dsv3_train.data.manifest import load
+from dsv3_train.data.prepare import prepare
+from dsv3_train.data.show import show
+from dsv3_train.data.tokenizer import Tokenizer
+from dsv3_train.errors import UserError
+from dsv3_train.recipe.schema import Prepare
+
+COMMAND = [sys.executable, "-m", "dsv3_cli.main", "data"]
+
+
+def words(count: int, seed: int) -> str:
+    draw = random.Random(seed)
+    return " ".join("".join(draw.choices("abcdefgh", k=draw.randrange(1, 7))) for _ in range(count))
+
+
+def lines(texts) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    root = tmp_path / "corpus"
+    (root / "deeper").mkdir(parents=True)
+    (root / "a.txt").write_text(words(200, 1))
+    (root / "deeper" / "b.py").write_text(words(300, 2))
+    (root / "c.jsonl").write_bytes(lines(words(20, seed) for seed in range(100, 130)))
+    (root / "d.jsonl.gz").write_bytes(gzip.compress(lines(words(20, seed) for seed in range(200, 210))))
+    # Two frames one after the other, the boundary inside a line.
+    raw = lines(words(20, seed) for seed in range(300, 310))
+    compress = zstandard.ZstdCompressor().compress
+    (root / "e.jsonl.zst").write_bytes(compress(raw[:333]) + compress(raw[333:]))
+    (root / "f.txt.gz").write_bytes(gzip.compress(words(50, 4).encode()))
+    (root / ".hidden").write_text("not me")
+    return root
+
+
+def texts_of(corpus: Path) -> list[str]:
+    seeds = [*range(100, 130), *range(200, 210), *range(300, 310)]
+    return [words(200, 1), words(300, 2), words(50, 4), *(words(20, seed) for seed in seeds)]
+
+
+def digests(prefix: Path) -> list[str]:
+    return [hashlib.sha256(Path(f"{prefix}.{end}").read_bytes()).hexdigest() for end in ("bin", "idx")]
+
+
+def documents(prefix: Path) -> list[list[int]]:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    return [document.tolist() for document in IndexedDataset(str(prefix))]
+
+
+def test_every_document_once_as_megatron_reads_it(corpus, tmp_path):
+    out = tmp_path / "out"
+    made = prepare(Prepare(inputs=[str(corpus)], output=str(out), vocab_size=300), workers=1)
+    tokenizer = Tokenizer.load(f"{out}.tokenizer.json")
+    found = documents(out)
+    assert all(document[-1] == tokenizer.eos_id and tokenizer.eos_id not in document[:-1] for document in found)
+    texts = texts_of(corpus)
+    assert sorted(tokenizer.decode(document[:-1]) for document in found) == sorted(texts)
+
+    assert (made.counts.files, made.counts.documents, made.counts.bad) == (6, len(texts), 0)
+    assert made.counts.characters == sum(map(len, texts))
+    assert made.counts.tokens == sum(map(len, found))
+    assert [made.sha256["bin"], made.sha256["idx"]] == digests(out)
+    assert made.tokenizer.sha256 == hashlib.sha256(Path(f"{out}.tokenizer.json").read_bytes()).hexdigest()
+    for source in made.inputs:
+        assert source.sha256 == hashlib.sha256(Path(source.name).read_bytes()).hexdigest()
+    shares = np.bincount(np.concatenate(found)) / made.counts.tokens
+    entropy = -sum(share * np.log(share) for share in shares if share)
+    assert made.unigram_entropy == pytest.approx(entropy)
+    assert made.max_token == max(map(max, found))
+    assert load(str(out)) == made
+    assert sorted(path.name for path in tmp_path.glob("out*")) == [
+        f"out.{end}" for end in ("bin", "idx", "manifest.json", "tokenizer.json")
+    ]
+
+
+def test_index_is_what_megatron_writes(tmp_path):
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    from dsv3_train.data import index
+
+    lengths = np.array([3, 1, 700, 2], np.int32)
+    for dtype in (np.uint16, np.int32):
+        builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
+        for length in lengths:
+            builder.add_item(torch.arange(length))
+            builder.end_document()
+        builder.finalize(str(tmp_path / "theirs.idx"))
+        index.write(tmp_path / "ours.idx", np.dtype(dtype), lengths)
+        assert (tmp_path / "ours.idx").read_bytes() == (tmp_path / "theirs.idx").read_bytes()
+        found = index.read(str(tmp_path / "theirs"))
+        assert (found.tokens, found.tokens_from(2), found.tokens_from(4)) == (706, 702, 0)
+
+
+def test_workers_shards_and_place_change_nothing(corpus, tmp_path, monkeypatch):
+    settings = {"vocab_size": 300, "fim_rate": 0.5}
+    prepare(Prepare(inputs=[str(corpus)], output=str(tmp_path / "one"), **settings), workers=1)
+    moved = corpus.rename(tmp_path / "moved")
+    # Shards of 700 bytes cut c.jsonl in many places.
+    monkeypatch.setattr(shard, "_LARGEST", 700)
+    made = prepare(Prepare(inputs=[str(moved)], output=str(tmp_path / "two"), **settings), workers=2)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert 0 < made.counts.fim_documents < made.counts.documents
+
+
+def test_bad_lines_are_counted_with_their_place(tmp_path, monkeypatch):
+    good = [words(20, seed) for seed in range(40)]
+    rows = [json.dumps({"text": text}).encode() for text in good]
+    rows[3:3] = [b"{not json", b'{"body": "x"}', b'{"text": 7}', b'["text"]', b'"text"']  # lines 4 to 8
+    rows[20:20] = [b'{"text": "\xff"}', b'{"text": "\\ud800"}', b"[" * 100_000]  # 21 to 23
+    rows[30:30] = [b"", b'{"text": ""}']  # blank, and no text
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join(rows))
+    (tmp_path / "y.txt").write_bytes(b"caf\xe9")
+    for largest in (shard._LARGEST, 700):  # the same places however the file is divided
+        monkeypatch.setattr(shard, "_LARGEST", largest)
+        made = prepare(
+            Prepare(inputs=[str(tmp_path / "*.*")], output=str(tmp_path / "out" / str(largest)), vocab_size=300),
+            workers=1,
+        )
+        assert (made.counts.documents, made.counts.bad, made.counts.empty_documents) == (40, 9, 1)
+        places = {(Path(bad.file).name, bad.line): bad.reason for bad in made.bad}
+        assert set(places) == {("y.txt", None), *(("x.jsonl", n) for n in (4, 5, 6, 7, 8, 21, 22, 23))}
+        assert "not UTF-8 at byte 3" in places["y.txt", None]
+        assert "no key 'text'" in places["x.jsonl", 5]
+        assert "int" in places["x.jsonl", 6]
+        assert "surrogate" in places["x.jsonl", 22]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_lines_before_a_truncation_are_kept(tmp_path, suffix):
+    compress = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor().compress
+    whole = compress(lines(words(400, seed) for seed in range(2000)))
+    (tmp_path / f"x.jsonl{suffix}").write_bytes(whole[: len(whole) // 2])
+    out = tmp_path / "out"
+    made = prepare(Prepare(inputs=[str(tmp_path)], output=str(out), vocab_size=300), workers=1)
+    assert 100 < made.counts.documents < 1900
+    assert made.counts.bad == 1
+    assert made.bad[0].line == made.counts.documents + 1
+    assert "truncated" in made.bad[0].reason
+    tokenizer = Tokenizer.load(f"{out}.tokenizer.json")
+    for number in (0, made.counts.documents - 1):
+        assert words(400, number).startswith(tokenizer.decode(show(str(out), number).document.first_ids))
+
+
+def test_given_tokenizer_and_int32(corpus, tmp_path):
+    first = prepare(Prepare(inputs=[str(corpus)], output=str(tmp_path / "one"), vocab_size=300), workers=1)
+    # The same tokenizer in the published spelling, with ids that do not fit 16 bits.
+    raw = json.loads(Path(f"{tmp_path}/one.tokenizer.json").read_text())
+    for token, (spelling, number) in zip(
+        raw["added_tokens"],
+        [
+            ("<｜end▁of▁sentence｜>", 1),  # noqa: RUF001
+            ("<｜fim▁begin｜>", 2),  # noqa: RUF001
+            ("<｜fim▁hole｜>", 3),  # noqa: RUF001
+            ("<｜fim▁end｜>", 70_000),  # noqa: RUF001
+        ],
+        strict=True,
+    ):
+        raw["model"]["vocab"][spelling] = raw["model"]["vocab"].pop(token["content"]) if number < 4 else number
+        token.update(content=spelling, id=raw["model"]["vocab"][spelling], special=False)
+    given = tmp_path / "given.json"
+    given.write_text(json.dumps(raw))
+    settings = Prepare(inputs=[str(corpus)], output=str(tmp_path / "two"), tokenizer=str(given), fim_rate=1.0)
+    second = prepare(settings, workers=1)
+    assert (first.dtype, second.dtype) == ("uint16", "int32")
+    assert second.max_token == 70_000
+    assert Path(f"{tmp_path}/two.tokenizer.json").read_bytes() == given.read_bytes()
+    tokenizer = Tokenizer.load(given)
+    for document in documents(tmp_path / "two"):
+        text = tokenizer.decode(document)
+        assert text.startswith("<｜fim▁begin｜>")  # noqa: RUF001
+        assert text.endswith("<｜end▁of▁sentence｜>")  # noqa: RUF001
+    assert tokenizer.eos_id not in tokenizer.encode("<｜end▁of▁sentence｜>")  # noqa: RUF001
+
+
+def test_present_data_is_returned_at_once_or_refused(corpus, tmp_path, monkeypatch):
+    settings = Prepare(inputs=[str(corpus)], output=str(tmp_path / "out"), vocab_size=300)
+    made = prepare(settings, workers=1)
+    before = os.stat(f"{settings.output}.bin").st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "find", None)  # the inputs are not even looked for
+        assert prepare(settings, workers=1) == made
+        for change in ({"vocab_size": 301}, {"fim_rate": 0.1}, {"seed": 1}, {"inputs": ["elsewhere"]}):
+            with pytest.raises(UserError, match=next(iter(change))):
+                prepare(settings.model_copy(update=change), workers=1)
+    assert os.stat(f"{settings.output}.bin").st_mtime_ns == before
+    Path(f"{settings.output}.manifest.json").unlink()
+    with pytest.raises(UserError, match="without a manifest"):
+        prepare(settings, workers=1)
+
+
+def test_inputs_are_found_once_in_an_order_of_their_own(corpus, tmp_path):
+    found = find([str(corpus), str(corpus / "*.txt"), str(corpus / "a.txt")])
+    assert sorted(Path(file.path).name for file in found) == sorted(
+        ["a.txt", "b.py", "c.jsonl", "d.jsonl.gz", "e.jsonl.zst", "f.txt.gz"]
+    )
+    moved = corpus.rename(tmp_path / "moved")
+    again = find([str(moved)])
+    assert [os.path.relpath(file.path, corpus) for file in found] == [
+        os.path.relpath(file.path, moved) for file in again
+    ]
+
+
+def test_python_stdlib_is_a_corpus():
+    found = find(["python-stdlib"])
+    names = {file.name for file in found}
+    assert "python-stdlib/json/decoder.py" in names
+    assert not [name for name in names if "/test/" in name or "site-packages" in name or not name.endswith(".py")]
+    assert len(found) > 300
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    """A dataset of 24 shards, of x.jsonl in the same directory."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    (root / "x.jsonl").write_bytes(lines(words(200, seed) for seed in range(3000)))
+    prepare(Prepare(inputs=[str(root / "x.jsonl")], output=str(root / "out"), vocab_size=400, fim_rate=0.3), workers=1)
+    return root / "out"
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_killed_and_run_again(uninterrupted, tmp_path, workers):
+    source, out, parts = uninterrupted.parent / "x.jsonl", tmp_path / "out", tmp_path / "out.parts"
+    arguments = ["--output", str(out), "--vocab-size", "400", "--fim-rate", "0.3", "--workers", workers]
+    process = subprocess.Popen([*COMMAND, "prepare", str(source), *arguments])
+    while process.poll() is None and len(list(parts.glob("0*.json"))) < 4:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while (parts / "lock").exists() and _writers(parts):
+        time.sleep(0.01)  # workers notice that their parent is gone
+    done = sorted(parts.glob("0*.json"))
+    assert 4 <= len(done) < 24
+    assert not [path for path in tmp_path.glob("out.*") if path.is_file()]
+    # As if the power had gone while this one was written.
+    done[1].with_suffix(".bin").write_bytes(b"torn")
+
+    reused = []
+    prepare(
+        Prepare(inputs=[str(source)], output=str(out), vocab_size=400, fim_rate=0.3),
+        lambda stage, bytes_done, total: reused.append(bytes_done) if stage == "tokenising" else None,
+        workers=1,
+    )
+    assert reused[0] > 0
+    assert digests(out) == digests(uninterrupted)
+    assert not parts.exists()
+
+
+def _writers(parts: Path) -> list[str]:
+    """Processes that have a file in `parts` open."""
+    found = []
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(descriptor).startswith(str(parts)):
+                found.append(str(descriptor))
+        except OSError:
+            continue
+    return found
+
+
+def test_command_prints_the_manifest(corpus, tmp_path):
+    out = tmp_path / "out"
+    arguments = [str(corpus), "--output", str(out), "--vocab-size", "300", "--json"]
+    done = subprocess.run([*COMMAND, "prepare", *arguments], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == json.loads(Path(f"{out}.manifest.json").read_text())
+    shown = subprocess.run(
+        [*COMMAND, "show", str(out), "--document", "2", "--json"], capture_output=True, text=True, check=True
+    )
+    contents = json.loads(shown.stdout)
+    assert contents["document"]["number"] == 2
+    assert contents["document"]["first_ids"] == documents(out)[2][:100]
+    assert contents["manifest"] == json.loads(done.stdout)
