@@ -137,7 +137,7 @@ class Prepare(Section):
     """A `tokenizer.json`; null: train a byte-level BPE of `vocab_size` tokens on the inputs."""
     vocab_size: PositiveInt = 4096
     fim_rate: float = Field(default=0.0, ge=0, le=1)
-    """Share of documents rearranged for fill-in-the-middle (PSM); 0.1 in the report, section 4.2."""
+    """Share of documents rearranged for fill-in-the-middle (PSM); 0.1 in the report, section 4.1."""
     seed: int = 1234
 
 
