@@ -12,11 +12,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+import torch
 import zstandard
 
 from dsv3_train.data import prepare as prepare_module
 from dsv3_train.data import shard
+from dsv3_train.data.documents import Piece, read
 from dsv3_train.data.inputs import find
 from dsv3_train.data.manifest import load
 from dsv3_train.data.prepare import prepare
@@ -24,6 +27,7 @@ from dsv3_train.data.show import show
 from dsv3_train.data.tokenizer import Tokenizer
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.schema import Prepare
+from dsv3_train.runtime import distributed
 
 COMMAND = [sys.executable, "-m", "dsv3_cli.main", "data"]
 
@@ -63,6 +67,12 @@ def digests(prefix: Path) -> list[str]:
     return [hashlib.sha256(Path(f"{prefix}.{end}").read_bytes()).hexdigest() for end in ("bin", "idx")]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _megatron():
+    if not torch.cuda.is_available():
+        distributed.prepare_import("cpu")
+
+
 def documents(prefix: Path) -> list[list[int]]:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -96,7 +106,6 @@ def test_every_document_once_as_megatron_reads_it(corpus, tmp_path):
 
 
 def test_index_is_what_megatron_writes(tmp_path):
-    import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     from dsv3_train.data import index
@@ -146,6 +155,17 @@ def test_bad_lines_are_counted_with_their_place(tmp_path, monkeypatch):
         assert "no key 'text'" in places["x.jsonl", 5]
         assert "int" in places["x.jsonl", 6]
         assert "surrogate" in places["x.jsonl", 22]
+
+
+def test_a_file_may_be_divided_anywhere(tmp_path):
+    rows = ["a", "", "long line", "é" * 5, "b"]
+    content = "".join(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in rows).encode()
+    for raw in (content, content.rstrip(b"\n")):
+        (tmp_path / "x.jsonl").write_bytes(raw)
+        (file,) = find([str(tmp_path / "x.jsonl")])
+        for cut in range(file.size + 1):
+            pieces = Piece(file, 0, cut), Piece(file, cut, file.size)
+            assert [text for piece in pieces for _, text in read(piece, "text")] == rows
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -247,10 +267,11 @@ def test_killed_and_run_again(uninterrupted, tmp_path, workers):
     process = subprocess.Popen([*COMMAND, "prepare", str(source), *arguments])
     while process.poll() is None and len(list(parts.glob("0*.json"))) < 4:
         time.sleep(0.002)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert bool(children) == (workers == "2")
     process.send_signal(signal.SIGKILL)
     process.wait()
-    while (parts / "lock").exists() and _writers(parts):
-        time.sleep(0.01)  # workers notice that their parent is gone
+    assert psutil.wait_procs(children, timeout=10)[1] == []  # workers notice that their parent is gone
     done = sorted(parts.glob("0*.json"))
     assert 4 <= len(done) < 24
     assert not [path for path in tmp_path.glob("out.*") if path.is_file()]
@@ -266,18 +287,6 @@ def test_killed_and_run_again(uninterrupted, tmp_path, workers):
     assert reused[0] > 0
     assert digests(out) == digests(uninterrupted)
     assert not parts.exists()
-
-
-def _writers(parts: Path) -> list[str]:
-    """Processes that have a file in `parts` open."""
-    found = []
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if os.readlink(descriptor).startswith(str(parts)):
-                found.append(str(descriptor))
-        except OSError:
-            continue
-    return found
 
 
 def test_command_prints_the_manifest(corpus, tmp_path):

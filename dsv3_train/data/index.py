@@ -67,8 +67,8 @@ def read(prefix: str) -> Index:
             raise UserError(f"{file}: no such file; `dsv3 data prepare ... --output {prefix}` writes it")
     size = os.path.getsize(idx)
     try:
-        with open(idx, "rb") as file:
-            header = file.read(_HEADER.size)
+        with open(idx, "rb") as stream:
+            header = stream.read(_HEADER.size)
     except OSError as error:
         raise UserError(f"{idx}: {error.strerror}") from None
     if not header.startswith(_MAGIC[: len(header)]) or not header:

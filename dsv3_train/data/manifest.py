@@ -105,7 +105,7 @@ def load(prefix: str) -> Manifest | None:
     path = path_of(prefix)
     try:
         return Manifest.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None

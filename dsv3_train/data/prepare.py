@@ -13,6 +13,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_complet
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import tokenizers
@@ -28,6 +29,7 @@ from dsv3_train.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer, train
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.schema import Prepare
 
+_T = TypeVar("_T")
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total), the latter two in bytes."""
 
@@ -201,7 +203,7 @@ def _pool(workers: int) -> Iterator[Executor | None]:
             raise
 
 
-def _map(pool: Executor | None, function: Callable, tasks: Iterable[tuple]) -> Iterator[tuple[int, object]]:
+def _map(pool: Executor | None, function: Callable[..., _T], tasks: Iterable[tuple]) -> Iterator[tuple[int, _T]]:
     """(task number, result) as they finish."""
     if pool is None:
         for number, task in enumerate(tasks):
@@ -297,7 +299,7 @@ def _tokenise(shards: list[Shard], work: Work, pool: Executor | None, progress: 
     done = total - sum(shards[number].size for number in missing)
     progress("tokenising", done, total)
     for number, result in _map(pool, shard.tokenise, [(shards[number], work) for number in missing]):
-        results[missing[number]] = result  # type: ignore[call-overload]
+        results[missing[number]] = result
         done += shards[missing[number]].size
         progress("tokenising", done, total)
     return results  # type: ignore[return-value]

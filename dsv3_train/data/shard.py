@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -108,7 +109,8 @@ def finished(shard: Shard, work: Work) -> Part | None:
 
 
 def start_worker() -> None:
-    """Make this worker process single-threaded, and end it when the process that started it is gone."""
+    """Make this worker process single-threaded, leave Ctrl-C to the process that started it, and end with that one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     def follow_parent() -> None:
