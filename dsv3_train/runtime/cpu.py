@@ -132,6 +132,12 @@ def keep_sent_tensor() -> None:
     dist.isend = dist.distributed_c10d.isend = isend_alias  # type: ignore[attr-defined]
 
 
+def no_te() -> None:
+    """Installed here or not, Transformer Engine's and apex's kernels need a GPU; Megatron takes them where it can."""
+    for name in ("transformer_engine", "transformer_engine_torch", "apex"):
+        sys.modules[name] = None  # type: ignore[assignment]
+
+
 def no_compile() -> None:
     """Megatron compiles small functions as it is imported: seconds, and a C++ compiler, for nothing on a CPU."""
 
@@ -198,6 +204,7 @@ BEFORE_IMPORT = (
     random_state,
     tensor_type,
     keep_sent_tensor,
+    no_te,
     no_compile,
 )
 AFTER_IMPORT = (have_te, te_gemm, split_sizes, recompute_flag, device_random_state)
@@ -255,7 +262,7 @@ def use_adam(adam: type) -> None:
     # OptimizerConfig imports TE's FusedAdam by name to look at its arguments, and compares TE's version.
     # The stand-in package comes after Megatron's import, so that nothing else takes TE for installed.
     for name in ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.optimizers"):
-        sys.modules.setdefault(name, types.ModuleType(name))
+        sys.modules[name] = types.ModuleType(name)
     sys.modules["transformer_engine.pytorch.optimizers"].FusedAdam = adam  # type: ignore[attr-defined]
     utils.get_te_version = lambda: Version("0.0")
 

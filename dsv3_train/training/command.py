@@ -24,7 +24,7 @@ def run(ref: str, overrides: list[str]) -> None:
     recipe = load(ref, overrides)
     refuse_unready(recipe)
     device = distributed.device_of(recipe)
-    startup.mark("recipe")
+    startup.mark("interpreter, torch and recipe")
     joined = joined_world() is not None
     if not joined:  # before any process starts; under a launcher, the ranks see to it
         _ready_data(recipe)

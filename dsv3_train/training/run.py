@@ -55,7 +55,11 @@ class Run:
         startup.mark("model and optimizer")
         self.position, notes = self._resume()
         startup.mark("resume")
-        self.log = RunLog(run_dir, recipe, resumed_step=self.position.step) if self.leader else None
+        self.log = (
+            RunLog(run_dir, recipe, total_steps=self.schedules.total_steps, resumed_step=self.position.step)
+            if self.leader
+            else None
+        )
         for note in notes:
             self._event(note)
         self.writer = CheckpointWriter(
@@ -184,7 +188,7 @@ class Run:
         reader = self._read(self.valid_data, iter([(0, sequences)]))
         loss = evaluate(self.trainer, list(reader) if reader else None, count)
         if self.log:
-            self.log.validation(self.position.step, self.position.consumed_tokens, loss, None)
+            self.log.validation(self.position.step, self.position.consumed_tokens, loss)
 
     def _save(self) -> None:
         gather_parameters(self.trainer)

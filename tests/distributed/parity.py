@@ -155,7 +155,8 @@ def _by_global_name(trainer: Any, of: Any) -> list[tuple[str, tuple, tuple, torc
         for entry in nested_values(model.sharded_state_dict(metadata=sharding_metadata())):
             if not isinstance(getattr(entry, "data", None), torch.nn.Parameter):
                 continue
-            entry.data = of(entry.data).detach().clone().cpu()
+            entry.data = of(entry.data).detach().float().cpu().clone()
+            entry.dtype = torch.float32
             for piece in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
                 pieces.append((piece.key, piece.global_shape, piece.global_slice(), piece.data))
     return pieces

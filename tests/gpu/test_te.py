@@ -79,6 +79,7 @@ def worst_gradient(got: dict, expected: dict) -> tuple[float, str]:
 
 def test_fp32(on_cpu, tmp_path):
     got = on_gpu(tmp_path)
+    print("worst gradient", worst_gradient(got, on_cpu), got["losses"], on_cpu["losses"])
     torch.testing.assert_close(got["losses"], on_cpu["losses"], rtol=1e-3, atol=0)
     error, name = worst_gradient(got, on_cpu)
     assert error < 1e-2, (error, name)  # TE multiplies FP32 matrices in TF32, 10 bits of mantissa
@@ -87,20 +88,17 @@ def test_fp32(on_cpu, tmp_path):
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
 def test_bf16(on_cpu, tmp_path, moments):
     got = on_gpu(tmp_path, precision={"params": "bf16", "adam_moments": moments}, parallel={"zero1": True})
+    print("worst gradient", worst_gradient(got, on_cpu), got["losses"])
     torch.testing.assert_close(got["losses"], on_cpu["losses"], rtol=2e-2, atol=0)
     error, name = worst_gradient(got, on_cpu)
     assert error < 0.15, (error, name)  # 8 bits of mantissa, and experts chosen otherwise on near ties
     assert got["expert_biases"].dtype == torch.float32
 
 
-def test_bf16_recompute(on_cpu, tmp_path):
-    precision = {"params": "bf16"}
-    plain = on_gpu(tmp_path / "a" if (tmp_path / "a").mkdir() is None else tmp_path, precision=precision)
-    again = on_gpu(
-        tmp_path / "b" if (tmp_path / "b").mkdir() is None else tmp_path,
-        precision=precision,
-        training={"recompute": ["layernorm", "mla_up_proj", "moe_act"]},
-    )
+def test_bf16_recompute(tmp_path):
+    modules = ["layernorm", "mla_up_proj", "moe_act"]
+    plain = on_gpu(tmp_path, precision={"params": "bf16"})
+    again = on_gpu(tmp_path, precision={"params": "bf16"}, training={"recompute": modules})
     torch.testing.assert_close(again["losses"], plain["losses"], rtol=2e-3, atol=0)
 
 

@@ -1,0 +1,161 @@
+"""What a run says of itself while it trains: console, log.txt, metrics.jsonl, TensorBoard, pictures. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dsv3_train.recipe.schema import Recipe
+from dsv3_train.training import pictures
+from dsv3_train.training.record import StepRecord
+
+
+class RunLog:
+    """Writes to every place at once; a resumed run's files go on where its checkpoint was."""
+
+    def __init__(self, run_dir: Path, recipe: Recipe, *, total_steps: int, resumed_step: int = 0) -> None:
+        self._run_dir = run_dir
+        self._interval = recipe.logging.interval
+        self._text = (run_dir / "log.txt").open("a", encoding="utf-8")
+        self._metrics_path = run_dir / "metrics.jsonl"
+        _drop_after(self._metrics_path, resumed_step)
+        self._metrics = self._metrics_path.open("a", encoding="utf-8")
+        self._board = None
+        if recipe.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Events after the checkpoint, of an attempt that was cut off, are hidden by `purge_step`.
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+        self._console = Console()
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._bar = self._progress.add_task(
+            recipe.name, total=total_steps, completed=resumed_step, loss=float("nan"), speed=0.0
+        )
+        self._progress.start()
+
+    def step(self, record: StepRecord) -> None:
+        """One training step, to every place."""
+        self._write_metrics({"kind": "step", **asdict(record)})
+        self._progress.update(self._bar, completed=record.step, loss=record.loss, speed=record.tokens_per_second)
+        if record.step % self._interval == 0 or record.step in (1, record.total_steps):
+            self._say(_line(record))
+        if self._board:
+            for tag, value in _scalars(record).items():
+                self._board.add_scalar(tag, value, record.step)
+
+    def validation(self, step: int, consumed_tokens: int, loss: float) -> None:
+        """A validation: mean main loss in nats per token."""
+        self._write_metrics({"kind": "validation", "step": step, "consumed_tokens": consumed_tokens, "loss": loss})
+        self._say(f"step {step}: validation loss {loss:.4f}")
+        if self._board:
+            self._board.add_scalar("validation/loss", loss, step)
+
+    def expert_load(self, step: int, load_le: np.ndarray) -> None:
+        """Tokens per MoE layer and expert of one global batch, as a heat map."""
+        picture = pictures.expert_load(load_le, step)
+        pictures.save(picture, self._run_dir / "expert_load" / f"step_{step:08d}.png")
+        if self._board:
+            self._board.add_figure("expert load", picture, step)
+
+    def event(self, text: str) -> None:
+        """Anything else worth a line: a resume, a fallback, a checkpoint."""
+        self._say(text)
+
+    def close(self) -> None:
+        """Draw the learning curve and let go of the files."""
+        self._progress.stop()
+        self._metrics.close()
+        curve = pictures.learning_curve(self._metrics_path)
+        if curve is not None:
+            pictures.save(curve, self._run_dir / "learning_curve.png")
+        if self._board:
+            self._board.close()
+        self._text.close()
+
+    def _say(self, text: str) -> None:
+        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._text.flush()
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _write_metrics(self, fields: dict) -> None:
+        self._metrics.write(json.dumps(fields) + "\n")
+        self._metrics.flush()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Lines of steps beyond `step` belong to an attempt that was cut off before its next checkpoint."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):  # the last line of a killed run may be cut short
+            continue
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text("".join(kept), encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _line(r: StepRecord) -> str:
+    parts = [f"step {r.step}/{r.total_steps}", f"loss {r.loss:.4f}"]
+    if r.mtp_loss is not None:
+        parts.append(f"mtp {r.mtp_loss:.4f}")
+    parts += [
+        f"balance {r.balance_loss:.3f}",
+        f"lr {r.lr:.3g}",
+        f"batch {r.batch_size}",
+        f"norm {r.grad_norm:.3f}",
+        f"tokens {r.consumed_tokens:,}",
+        f"{r.step_seconds:.2f} s",
+        f"{r.tokens_per_second:,.0f} tokens/s",
+    ]
+    if r.tflops_per_gpu is not None:
+        parts.append(f"{r.tflops_per_gpu:.0f} TFLOPS")
+    if r.mfu is not None:
+        parts.append(f"MFU {r.mfu:.1%}")
+    if r.memory_gib is not None:
+        parts.append(f"{r.memory_gib:.1f} GiB")
+    return "  ".join(parts)
+
+
+def _scalars(r: StepRecord) -> dict[str, float]:
+    """TensorBoard tag -> value."""
+    named = {
+        "loss/main": r.loss,
+        "loss/mtp": r.mtp_loss,
+        "loss/balance": r.balance_loss,
+        "schedule/lr": r.lr,
+        "schedule/batch size": r.batch_size,
+        "schedule/mtp weight": r.mtp_weight,
+        "schedule/bias update speed": r.bias_update_speed,
+        "grad norm": r.grad_norm,
+        "consumed tokens": r.consumed_tokens,
+        "speed/tokens per second": r.tokens_per_second,
+        "speed/TFLOPS per GPU": r.tflops_per_gpu,
+        "speed/MFU": r.mfu,
+        "memory/GiB": r.memory_gib,
+    }
+    named |= {f"time/{phase}": seconds for phase, seconds in r.breakdown.items()}
+    for layer, (load, spread) in enumerate(zip(r.load_max_over_mean, r.bias_spread, strict=True)):
+        named[f"expert load max over mean/MoE layer {layer}"] = load
+        named[f"routing bias spread/MoE layer {layer}"] = spread
+    return {tag: value for tag, value in named.items() if value is not None}
