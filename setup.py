@@ -15,7 +15,6 @@ setup(
     install_requires=[
         "torch>=2.9",
         "megatron-core>=0.16.1,<0.17",
-        "einops",
         "typer>=0.12",
         "pydantic>=2.8",
         "pyyaml>=6",
