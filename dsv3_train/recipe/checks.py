@@ -13,6 +13,7 @@ from dsv3_train.recipe.placement import placement
 from dsv3_train.recipe.quantity import Steps
 from dsv3_train.recipe.schema import Recipe, Segment
 
+_LARGEST_BATCH = 1e9
 Faults = Iterator[tuple[str, str]]
 """Dotted key and what is wrong with its value."""
 
@@ -73,13 +74,17 @@ def _routing(recipe: Recipe) -> Faults:
             f"{m.num_experts_per_tok} experts per token, but topk_group {m.topk_group} groups hold only {reach}; "
             f"set it to {reach} or less, or raise model.topk_group",
         )
-    elif m.n_group > 1 and m.num_experts_per_tok < m.topk_group:
-        # A group's score is the sum of its best num_experts_per_tok / topk_group experts (report, section 2.1.2).
+    elif m.n_group > 1 and m.num_experts_per_tok // m.topk_group != 2:
+        # DeepSeek-V3 scores a group by its best 2 experts whatever else; Megatron-core 0.16 (group_limited_topk) by
+        # its best num_experts_per_tok / topk_group.
         yield (
             "model.topk_group",
-            f"{m.topk_group} groups for {m.num_experts_per_tok} experts per token; set it to "
-            f"{m.num_experts_per_tok} or less",
+            f"a group is scored by its best {m.num_experts_per_tok // m.topk_group} experts "
+            f"(num_experts_per_tok {m.num_experts_per_tok} / topk_group {m.topk_group}), which has to be 2 as in "
+            f"DeepSeek-V3; set it to {max(1, m.num_experts_per_tok // 2)}, or model.n_group=1 and model.topk_group=1",
         )
+    elif m.n_group > 1 and m.n_routed_experts // m.n_group < 2:
+        yield "model.n_group", f"groups of one expert; set it to {m.n_routed_experts // 2} or less"
 
 
 def _model(recipe: Recipe) -> Faults:
@@ -161,7 +166,9 @@ def _batch_size(recipe: Recipe) -> Faults:
     for index, piece in enumerate(pieces):
         key = "schedule.batch_size" if len(pieces) == 1 else f"schedule.batch_size.{index}"
         smallest = min(_values(piece))
-        if smallest < multiple:
+        if max(_values(piece)) > _LARGEST_BATCH:
+            yield key, f"{max(_values(piece)):g} sequences are more than any run takes; set it to thousands"
+        elif smallest < multiple:
             yield (
                 key,
                 f"{smallest:g} sequences are fewer than {made_of} = {multiple}; begin at {multiple} or more, "
@@ -221,6 +228,8 @@ def _optimizer(recipe: Recipe) -> Faults:
     if p.overlap_param_gather and lacking:
         needed = " and ".join(f"parallel.{name}=true" for name in lacking)
         yield "parallel.overlap_param_gather", f"needs {needed} too; set that, or parallel.overlap_param_gather=false"
+    if recipe.precision.adam_moments == "bf16" and not p.zero1:
+        yield "precision.adam_moments", "bf16 needs parallel.zero1=true; set that, or precision.adam_moments=fp32"
 
 
 def _data(recipe: Recipe) -> Faults:
@@ -254,8 +263,6 @@ def _cpu(recipe: Recipe) -> Faults:
         yield "parallel.context", "context parallelism needs GPUs; set parallel.context=1, or runtime.device=cuda"
     if recipe.parallel.dispatcher == "deepep":
         yield "parallel.dispatcher", "deepep needs GPUs; set parallel.dispatcher=alltoall, or runtime.device=cuda"
-    if recipe.runtime.layers == "te":
-        yield "runtime.layers", "Transformer Engine needs a GPU; set runtime.layers=auto, or runtime.device=cuda"
 
 
 _CHECKS = (

@@ -28,7 +28,7 @@ def read(ref: str, faults: list[Fault]) -> Node:
     Raises:
         UserError: no such recipe, or a file that cannot be read as one.
     """
-    return _read(_find(ref, Path(), Place(ref), "", faults), (), faults)
+    return _read(_find(ref, Path(), Place(ref or "''"), "", faults), (), faults)
 
 
 def _find(ref: str, folder: Path, place: Place, key: str, faults: list[Fault]) -> Path:
@@ -42,10 +42,10 @@ def _find(ref: str, folder: Path, place: Place, key: str, faults: list[Fault]) -
         found = False
     if ref and found:
         return folder / ref
-    near = difflib.get_close_matches(Path(ref).stem if "\0" not in ref else "", known, n=1)
-    what = f"no such file as {folder / ref}" if is_path else "no shipped recipe of that name, and no such file"
+    near = difflib.get_close_matches(ref.rsplit("/", 1)[-1].removesuffix(".yaml"), known, n=1)
+    what = "no such file" if is_path else "no shipped recipe of that name, and no such file"
     advice = f"did you mean the shipped recipe {near[0]!r}?" if near else f"shipped recipes: {', '.join(known)}"
-    _stop(faults, place, key, f"{what}; {advice}" if not key else f"{ref!r}: {what}; {advice}")
+    _stop(faults, place, key, f"{str(folder / ref)!r}: {what}; {advice}" if key else f"{what}; {advice}")
 
 
 def _stop(faults: list[Fault], place: Place, key: str, message: str) -> NoReturn:

@@ -40,7 +40,7 @@ def dotted(path: Iterable[str | int]) -> str:
 
 
 def refuse(faults: Iterable[Fault]) -> NoReturn:
-    """Raise all faults together: in order of lines, one message per setting.
+    """Raise all faults together: by source and line, one message per setting.
 
     Raises:
         UserError: always.
@@ -49,5 +49,6 @@ def refuse(faults: Iterable[Fault]) -> NoReturn:
     for fault in faults:
         # A setting that cannot even be read is wrong in other ways too; the first is the cause.
         first.setdefault((fault.place, fault.key), fault)
-    ordered = sorted(first.values(), key=lambda fault: fault.place.line or 0)
+    sources = list(dict.fromkeys(fault.place.source for fault in first.values()))
+    ordered = sorted(first.values(), key=lambda fault: (sources.index(fault.place.source), fault.place.line or 0))
     raise UserError("\n".join(map(str, ordered)))

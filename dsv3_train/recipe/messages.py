@@ -8,9 +8,10 @@ from pydantic import ValidationError
 
 from dsv3_train.recipe.faults import Fault, dotted
 from dsv3_train.recipe.keys import meant, names, nearest, wanted
-from dsv3_train.recipe.schema import Segment
+from dsv3_train.recipe.schema import Recipe, Segment
 from dsv3_train.recipe.yaml_source import Node, scalar
 
+_MOST = 100  # faults that are explained; nobody reads more
 _BOUNDS = {
     "greater_than": ("gt", "more than"),
     "greater_than_equal": ("ge", "at least"),
@@ -22,7 +23,8 @@ _BOUNDS = {
 def faults_of(error: ValidationError, root: Node) -> list[Fault]:
     """Every error as a fault at the line, or the override, that caused it."""
     faults, corrected = [], set()
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    for detail in details[:_MOST]:
         path = _path(detail, root)
         if detail["type"] == "extra_forbidden":
             advice, instead = meant(path)
@@ -31,11 +33,14 @@ def faults_of(error: ValidationError, root: Node) -> list[Fault]:
         else:
             faults.append((path, _message(detail, path)))
     # A required key under a misspelt name is one fault, not two.
-    return [
+    found = [
         Fault(root.nearest(path)[0].place, dotted(path), message)
         for path, message in faults
         if not (path in corrected and message.startswith("missing"))
     ]
+    if len(details) > _MOST:
+        found.append(Fault(root.place, "", f"and {len(details) - _MOST} more faults"))
+    return found
 
 
 def _path(detail: Any, root: Node) -> tuple[str | int, ...]:
@@ -90,7 +95,8 @@ def _advice(kind: str, context: dict[str, Any], value: Any, path: tuple[str | in
         near = nearest(value, context["expected"].replace(" or ", ", ").replace("'", "").split(", "))
         return f"; did you mean {near!r}?" if near else ""
     if kind == "model_type" and value is None:
-        return "; remove the line to have the defaults" if path else ""
+        required = any(Recipe.model_fields[str(step)].is_required() for step in path[:1])
+        return "; indent its keys below it" if required else "; remove the line to have the defaults"
     if kind == "string_type" and value is not None and not isinstance(value, (dict, list)):
         return "; put it in quotes"
     numbers = {"int_type": int, "float_type": (int, float)}

@@ -26,7 +26,7 @@ def apply(root: Node, override: str, faults: list[Fault]) -> None:
     Raises:
         UserError: the value is not YAML.
     """
-    place = Place(f"override '{override}'")
+    place = Place(f"override '{override if len(override) <= 100 else override[:97] + '...'}'")
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -75,7 +75,8 @@ def _index(node: Node, step: str, path: tuple[str | int, ...]) -> str | int:
         raise _Refused(path, f"a single value, without a {step!r} in it; set {dotted(path)} as a whole")
     entries = len(node.value)
     if not (step.isascii() and step.isdigit()) or int(step[:9]) > entries:
-        raise _Refused((*path, step), f"a list of {entries} entries; write a number from 0 to {entries} (appends)")
+        valid = f"0 to {entries - 1} for one of its entries, {entries} to append" if entries else "0 to add an entry"
+        raise _Refused((*path, step), f"{dotted(path)} is a list of {entries} entries; write {valid}")
     return int(step[:9])
 
 

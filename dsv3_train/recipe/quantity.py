@@ -9,8 +9,9 @@ from typing import Annotated, Any
 from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
 _SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-_TOKENS = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([KMBT]?)(?:\s*tokens)?")
-_STEPS = re.compile(r"([0-9][0-9_]*)\s*steps?")
+# So many digits are beyond any run, and few enough for exact arithmetic.
+_TOKENS = re.compile(r"([0-9][0-9_]{0,19}(?:\.[0-9]{1,12})?)\s*([KMBT]?)(?:\s*tokens)?")
+_STEPS = re.compile(r"([0-9][0-9_]{0,19})\s*steps?")
 
 
 class Steps(int):
@@ -24,7 +25,7 @@ class Steps(int):
 
 def parse_tokens(value: object) -> int:
     """`14.8T`, `469B tokens`, `1_000_000` or a plain integer -> tokens. ValueError otherwise."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**20:
         return int(value)
     match = _TOKENS.fullmatch(value.strip()) if isinstance(value, str) else None
     if not match:

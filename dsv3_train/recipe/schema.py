@@ -36,7 +36,7 @@ class Model(Section):
 
     vocab_size: PositiveInt
     hidden_size: PositiveInt
-    num_hidden_layers: PositiveInt
+    num_hidden_layers: int = Field(gt=0, le=1000)
     """Transformer layers of the main model, without the MTP modules."""
     num_attention_heads: PositiveInt
     intermediate_size: PositiveInt
@@ -58,7 +58,7 @@ class Model(Section):
     qk_nope_head_dim: PositiveInt
     qk_rope_head_dim: PositiveInt
     v_head_dim: PositiveInt
-    num_nextn_predict_layers: int = Field(ge=0)
+    num_nextn_predict_layers: int = Field(ge=0, le=100)
     """Multi-Token Prediction depth."""
     rms_norm_eps: float = 1e-6
     initializer_range: float = Field(default=0.006, gt=0)
@@ -75,7 +75,7 @@ class Parallel(Section):
     gpus_per_node: PositiveInt = 8
     tensor: PositiveInt = 1
     """Tensor parallel size; more than 1 brings sequence parallelism with it."""
-    pipeline: PositiveInt = 1
+    pipeline: int = Field(default=1, gt=0, le=1000)
     context: PositiveInt = 1
     expert: PositiveInt = 1
     """Expert parallel size, taken from the data-parallel ranks."""
@@ -105,7 +105,7 @@ class Pipeline(Section):
     layout: Union[str, None] = None
     """Stage by stage in Megatron-core's notation: E embedding, t decoder layer, m MTP, L head and loss,
     | between stages, (..)*n and x*n repeat. null: layers spread evenly (needs divisibility)."""
-    virtual_stages: PositiveInt = 1
+    virtual_stages: int = Field(default=1, gt=0, le=1000)
     """Model chunks per rank (virtual pipeline stages); more than 1 with `interleaved`."""
     communication_sms: int = Field(default=20, ge=0)
     """SMs set aside for communication kernels when it overlaps with computation (report: 20 of 132)."""
@@ -228,6 +228,7 @@ class Training(Section):
     eval_interval: int = Field(default=0, ge=0)
     """Steps between validations; 0: none."""
     eval_sequences: PositiveInt = 64
+    """Sequences per validation, rounded up to whole micro-batches on every data-parallel rank."""
 
 
 class Checkpoint(Section):
@@ -250,8 +251,7 @@ class Logging(Section):
 
 class Runtime(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    layers: Literal["auto", "te", "local"] = "auto"
-    """Transformer Engine's layers or Megatron-core's own; auto: TE on a GPU that has it."""
+    """GPUs run Transformer Engine's layers over NCCL, a CPU local ones over gloo."""
     run_dir: str = "runs/{name}"
     """Where the run keeps everything; `{name}` is the recipe's name."""
 

@@ -23,7 +23,7 @@ _WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None} | {
 }
 _ENV = re.compile(r"\$\$\{|\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::([^}]*))?\}|\$\{[^}]*\}?")
 _STANDARD_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map")}
-_LONGEST = 256 * 1024  # characters; recipes are a hundredth of that, and parsing takes seconds beyond it
+_LONGEST = 100_000  # characters; recipes are a tenth of that, and parsing takes seconds beyond it
 _DEEPEST = 20  # levels
 
 
@@ -86,14 +86,11 @@ def parse(text: str, place: Place, faults: list[Fault], *, key: str = "") -> Nod
         UserError: the text is not YAML.
     """
     if len(text) > _LONGEST:
-        refuse([Fault(place, key, f"{len(text)} characters are too many for a recipe")])
-    loader = _Loader(text)
+        refuse([*faults, Fault(place, key, f"{len(text)} characters are too many for a recipe")])
     try:
-        root = loader.get_single_node()
+        root = _Loader(text).get_single_node()
     except yaml.YAMLError as error:
-        refuse([_syntax_fault(error, text, place, key)])
-    finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        refuse([*faults, _syntax_fault(error, text, place, key)])
     if root is None:
         return Node(None, place, text="")
     return _Reader(place, key, faults).node(root, tuple(key.split(".")) if key else ())
@@ -173,6 +170,8 @@ def _expand(match: re.Match[str], problems: list[str]) -> str:
 def _syntax_fault(error: yaml.YAMLError, text: str, place: Place, key: str) -> Fault:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be read"
+    if problem.startswith("but ") and getattr(error, "context", None):
+        problem = f"{error.context}, {problem}"  # type: ignore[attr-defined]
     position = getattr(error, "position", None)
     line = mark.line + 1 if mark else text.count("\n", 0, position) + 1 if isinstance(position, int) else None
     written = text.splitlines()[line - 1] if line and line <= len(text.splitlines()) else ""

@@ -46,8 +46,10 @@ class Run:
         self.recipe, self.run_dir, self.device, self.startup = recipe, run_dir, device, startup
         self.schedules = Schedules(recipe)
         self.leader = torch.distributed.get_rank() == 0
+        replicas = recipe.training.micro_batch_size * parallel_state.get_data_parallel_world_size()
+        self.eval_micro_batches = -(-recipe.training.eval_sequences // replicas)
         self.train_data, self.valid_data = datasets.build(
-            recipe, run_dir / "cache", self.schedules.total_samples, recipe.training.eval_sequences
+            recipe, run_dir / "cache", self.schedules.total_samples, self.eval_micro_batches * replicas
         )
         startup.mark("datasets")
         self.trainer = assemble(recipe, device)
@@ -182,9 +184,8 @@ class Run:
         if self.valid_data is None:
             return
         gather_parameters(self.trainer)
-        training, data_size = self.recipe.training, parallel_state.get_data_parallel_world_size()
-        count = max(1, training.eval_sequences // (training.micro_batch_size * data_size))
-        sequences = count * training.micro_batch_size * data_size
+        count = self.eval_micro_batches
+        sequences = count * self.recipe.training.micro_batch_size * parallel_state.get_data_parallel_world_size()
         reader = self._read(self.valid_data, iter([(0, sequences)]))
         loss = evaluate(self.trainer, list(reader) if reader else None, count)
         if self.log:
