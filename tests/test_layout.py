@@ -8,6 +8,7 @@ import pytest
 
 from dsv3_train.recipe.layout import layout_string, parse, stages, suggestion
 from dsv3_train.recipe.load import load
+from dsv3_train.runtime import distributed
 
 TINY = str(Path(__file__).parent / "recipes" / "tiny.yaml")
 
@@ -26,6 +27,7 @@ LAYOUTS = [
 
 
 def test_the_parser_agrees_with_megatrons():
+    distributed.prepare_import("cpu")
     from megatron.core.transformer.enums import LayerType
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 

@@ -113,7 +113,6 @@ def _tensor_widths(recipe: Recipe) -> Faults:
         ("model.num_attention_heads", m.num_attention_heads, "parallel.tensor", p.tensor),
         ("model.vocab_size", m.vocab_size, "parallel.tensor", p.tensor),
         ("model.intermediate_size", m.intermediate_size, "parallel.tensor", p.tensor),
-        ("model.n_shared_experts", m.n_shared_experts * m.moe_intermediate_size, "parallel.tensor", p.tensor),
         ("model.moe_intermediate_size", m.moe_intermediate_size, "parallel.expert_tensor", p.expert_tensor),
     ):
         if width % size:
@@ -122,6 +121,13 @@ def _tensor_widths(recipe: Recipe) -> Faults:
                 f"{width} does not divide over {name} {size}; set {name} to {_divisors(width)}, "
                 f"or the width to {_multiples(width, size)}",
             )
+    shared = m.n_shared_experts * m.moe_intermediate_size
+    if shared % p.tensor:
+        yield (
+            "model.n_shared_experts",
+            f"{m.n_shared_experts} x moe_intermediate_size {m.moe_intermediate_size} does not divide over "
+            f"parallel.tensor {p.tensor}; set parallel.tensor to {_divisors(shared)}",
+        )
 
 
 def _sequence_length(recipe: Recipe) -> Faults:

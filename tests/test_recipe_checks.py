@@ -1,0 +1,292 @@
+"""Each rule across keys: the fault, its place, and that the advised value is accepted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dsv3_train.errors import UserError
+from dsv3_train.recipe.load import load
+
+TINY = str(Path(__file__).parent / "recipes" / "tiny.yaml")
+WORLD = "parallel.world_size=8"
+
+# What is set, the key at fault, what the message says, and what it advises instead.
+CASES = {
+    "world": (["parallel={world_size: 6, pipeline: 4}"], "parallel.world_size", "4 or 8", ["parallel.world_size=8"]),
+    "expert ranks": ([WORLD, "parallel.expert=16"], "parallel.expert", "1, 2, 4 or 8", ["parallel.expert=4"]),
+    "experts": (
+        ["parallel={world_size: 3, expert: 3}", "schedule.batch_size=9"],
+        "parallel.expert",
+        "16 experts do not divide over 3 ranks; set parallel.expert to 1, 2, 4, 8 or 16",
+        ["parallel.expert=1"],
+    ),
+    "expert tensor": (
+        [WORLD, "parallel.tensor=4", "parallel.expert_tensor=2"],
+        "parallel.expert_tensor",
+        "set it to 1 or 4",
+        ["parallel.expert_tensor=4"],
+    ),
+    "groups": (["model.n_group=3"], "model.n_group", "16 experts do not divide into 3 groups", ["model.n_group=8"]),
+    "groups per token": (["model.topk_group=5"], "model.topk_group", "set it to 4 or less", ["model.topk_group=2"]),
+    "experts per token": (
+        ["model={n_group: 8, topk_group: 2, num_experts_per_tok: 5}"],
+        "model.num_experts_per_tok",
+        "hold only 4; set it to 4 or less",
+        ["model.num_experts_per_tok=4"],
+    ),
+    "group scores": (
+        ["model.topk_group=4"],
+        "model.topk_group",
+        "a group is scored by its best 1 experts",
+        ["model.topk_group=2"],
+    ),
+    "dense layers": (
+        ["model.first_k_dense_replace=5"],
+        "model.first_k_dense_replace",
+        "set it to 4 or less",
+        ["model.first_k_dense_replace=4"],
+    ),
+    "rope": (["model.qk_rope_head_dim=7"], "model.qk_rope_head_dim", "6 or 8", ["model.qk_rope_head_dim=8"]),
+    "mtp weight": (
+        ["model.num_nextn_predict_layers=0"],
+        "schedule.mtp_weight",
+        "set schedule.mtp_weight=0",
+        ["schedule.mtp_weight=0"],
+    ),
+    "heads": (
+        [WORLD, "parallel.tensor=8"],
+        "model.num_attention_heads",
+        "set parallel.tensor to 1, 2 or 4, or the width to 8",
+        ["model.num_attention_heads=8"],
+    ),
+    "vocabulary": (
+        [WORLD, "parallel.tensor=2", "model.vocab_size=129"],
+        "model.vocab_size",
+        "128 or 130",
+        ["model.vocab_size=130"],
+    ),
+    "dense width": (
+        [WORLD, "parallel.tensor=2", "model.intermediate_size=129"],
+        "model.intermediate_size",
+        "128 or 130",
+        ["model.intermediate_size=130"],
+    ),
+    "expert width": (
+        [
+            WORLD,
+            "parallel.tensor=2",
+            "parallel.expert_tensor=2",
+            "model.n_shared_experts=2",
+            "model.moe_intermediate_size=33",
+        ],
+        "model.moe_intermediate_size",
+        "32 or 34",
+        ["model.moe_intermediate_size=34"],
+    ),
+    "shared width": (
+        [WORLD, "parallel.tensor=2", "model.moe_intermediate_size=33"],
+        "model.n_shared_experts",
+        "set parallel.tensor to 1, 3, 11 or 33",
+        ["parallel.tensor=1"],
+    ),
+    "sequence over tensor": (
+        [WORLD, "parallel.tensor=4", "training.sequence_length=34"],
+        "training.sequence_length",
+        "32 or 36",
+        ["training.sequence_length=36"],
+    ),
+    "sequence over context": (
+        [WORLD, "runtime.device=cuda", "parallel.context=4", "training.sequence_length=36"],
+        "training.sequence_length",
+        "32 or 40",
+        ["training.sequence_length=40"],
+    ),
+    "virtual stages": (
+        ["parallel={world_size: 2, pipeline: 2}", "pipeline.virtual_stages=2"],
+        "pipeline.virtual_stages",
+        "set pipeline.schedule=interleaved",
+        ["pipeline.schedule=interleaved"],
+    ),
+    "interleaved without virtual stages": (
+        ["parallel={world_size: 2, pipeline: 2}", "pipeline.schedule=interleaved"],
+        "pipeline.schedule",
+        "set pipeline.virtual_stages=2",
+        ["pipeline.virtual_stages=2"],
+    ),
+    "interleaved on one rank": (
+        ["pipeline={schedule: interleaved, virtual_stages: 2}"],
+        "parallel.pipeline",
+        "set parallel.pipeline=2",
+        ["parallel={world_size: 2, pipeline: 2}"],
+    ),
+    "interleaved micro-batches": (
+        ["parallel={world_size: 4, pipeline: 4}", "pipeline={schedule: interleaved, virtual_stages: 1}"]
+        + ["pipeline.virtual_stages=2", "model.num_hidden_layers=8", "schedule.batch_size=6"],
+        "schedule.batch_size",
+        "set it to 4 or 8",
+        ["schedule.batch_size=8"],
+    ),
+    "dualpipe": (
+        ["parallel={world_size: 1, pipeline: 1}", "pipeline.schedule=dualpipe"],
+        "parallel.pipeline",
+        "set parallel.pipeline to 2",
+        ["parallel={world_size: 2, pipeline: 2}"],
+    ),
+    "uneven": (
+        ["parallel={world_size: 3, pipeline: 3}"],
+        "pipeline.layout",
+        "4 layers do not spread evenly over 3 stages; write a layout such as 'Ett|t|tmL'",
+        ["pipeline.layout=Ett|t|tmL"],
+    ),
+    "stages": (
+        ["pipeline.layout=Ett|ttmL"],
+        "pipeline.layout",
+        "2 stages, but parallel.pipeline 1",
+        ["pipeline.layout=null"],
+    ),
+    "layers": (["pipeline.layout=EtttmL"], "pipeline.layout", "3 decoder layers (t)", ["pipeline.layout=EttttmL"]),
+    "mtp modules": (["pipeline.layout=EttttL"], "pipeline.layout", "0 MTP modules (m)", ["pipeline.layout=EttttmL"]),
+    "embedding": (["pipeline.layout=tEtttmL"], "pipeline.layout", "the embedding (E)", ["pipeline.layout=EttttmL"]),
+    "head": (["pipeline.layout=EttttLm"], "pipeline.layout", "the head (L)", ["pipeline.layout=EttttmL"]),
+    "mtp before layers": (
+        ["pipeline.layout=EtttmtL"],
+        "pipeline.layout",
+        "MTP (m) must come after",
+        ["pipeline.layout=EttttmL"],
+    ),
+    "mtp on two stages": (
+        ["parallel={world_size: 2, pipeline: 2}", "model.num_nextn_predict_layers=2", "pipeline.layout=Ettttm|mL"],
+        "pipeline.layout",
+        "all MTP modules (m) must be on one stage",
+        ["pipeline.layout=Etttt|mmL"],
+    ),
+    "mtp in an early virtual stage": (
+        ["parallel={world_size: 2, pipeline: 2}", "pipeline={schedule: interleaved, virtual_stages: 2}"]
+        + ["pipeline.layout=Ett|ttm||L"],
+        "pipeline.layout",
+        "MTP (m) must be in the last virtual stage",
+        ["pipeline.layout=Ett|tt||mL"],
+    ),
+    "batch too small": (
+        ["parallel.world_size=16"],
+        "schedule.batch_size",
+        "8 sequences are fewer than micro_batch_size 1 x data parallel 16 = 16; begin at 16",
+        ["schedule.batch_size=16"],
+    ),
+    "ramp begins too small": (
+        [WORLD, "schedule.batch_size=[{linear: [4, 16], until: 10 steps}, {constant: 16}]"],
+        "schedule.batch_size.0",
+        "begin at 8",
+        ["schedule.batch_size.0.linear=[8, 16]"],
+    ),
+    "batch divides": (
+        ["parallel.world_size=4", "schedule.batch_size=[{linear: [4, 10], until: 10 steps}, {constant: 10}]"],
+        "schedule.batch_size.1",
+        "set it to 8 or 12",
+        ["schedule.batch_size.1.constant=12"],
+    ),
+    "piece without end": (
+        ["schedule.lr=[{constant: 1}, {constant: 2}]"],
+        "schedule.lr.0",
+        "say where this one ends",
+        ["schedule.lr.0.until=10 steps"],
+    ),
+    "ends go back": (
+        ["schedule.lr=[{constant: 1, until: 20 steps}, {constant: 2, until: 20 steps}, {constant: 3}]"],
+        "schedule.lr.1.until",
+        "20 steps is not after 20 steps",
+        ["schedule.lr.1.until=30 steps"],
+    ),
+    "no length": (
+        ["schedule.lr=[{constant: 1, until: 0}, {constant: 2}]"],
+        "schedule.lr.0.until",
+        "a piece of no length",
+        ["schedule.lr.0.until=1"],
+    ),
+    "ends before the run": (
+        ["schedule.lr=[{constant: 1, until: 99 steps}]"],
+        "schedule.lr.0.until",
+        "99 steps is before the run's end, training.duration=100 steps",
+        ["training.duration=99 steps"],
+    ),
+    "negative": (["schedule.lr=-1e-3"], "schedule.lr", "must not be negative", ["schedule.lr=0"]),
+    "no run": (["training.duration=0 steps"], "training.duration", "must be longer", ["training.duration=1 steps"]),
+    "param gather": (
+        ["parallel.overlap_param_gather=true"],
+        "parallel.overlap_param_gather",
+        "needs parallel.overlap_grad_reduce=true too",
+        ["parallel.overlap_grad_reduce=true"],
+    ),
+    "moments": (
+        ["parallel.zero1=false"],
+        "precision.adam_moments",
+        "parallel.zero1=true",
+        ["precision.adam_moments=fp32"],
+    ),
+    "tokenizer": (
+        ["data.prepare={inputs: [a], output: b, vocab_size: 129}"],
+        "data.prepare.vocab_size",
+        "set it to 128 or less",
+        ["data.prepare.vocab_size=128"],
+    ),
+    "validation": (
+        ["training.eval_interval=5", "data.valid_fraction=0"],
+        "training.eval_interval",
+        "data.valid_fraction=0.01",
+        ["data.valid_fraction=0.01"],
+    ),
+    "recompute": (["training.recompute=[full, moe]"], "training.recompute", "[full]", ["training.recompute=[full]"]),
+    "fp8 on a CPU": (["precision.fp8=blockwise"], "precision.fp8", "blockwise needs a GPU", ["runtime.device=cuda"]),
+    "context on a CPU": (
+        ["parallel={world_size: 2, context: 2}"],
+        "parallel.context",
+        "set parallel.context=1",
+        ["parallel.context=1"],
+    ),
+    "deepep on a CPU": (
+        ["parallel.dispatcher=deepep"],
+        "parallel.dispatcher",
+        "set parallel.dispatcher=alltoall",
+        ["parallel.dispatcher=alltoall"],
+    ),
+}
+
+
+def expand(overrides: list[str]) -> list[str]:
+    """`model={a: 1, b: 2}` as single keys: the other settings of the section stay."""
+    single = []
+    for override in overrides:
+        if override.startswith("model={"):
+            single += ["model." + pair.replace(": ", "=") for pair in override[7:-1].split(", ")]
+        else:
+            single.append(override)
+    return single
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_the_rule(name):
+    overrides, key, message, advised = CASES[name]
+    overrides = expand(overrides)
+    with pytest.raises(UserError) as caught:
+        load(TINY, overrides)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 1, lines
+    place, _, rest = lines[0].partition(f": {key}: ")
+    assert message in rest
+    # At the setting's own place: the override if it set the key, a line of the file if that did.
+    assert place.startswith(("override '", TINY))
+    load(TINY, [*overrides, *advised])
+
+
+def test_a_check_points_at_the_line_of_the_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text(f"base: {TINY}\nparallel:\n  pipeline: 2\n  world_size: 3\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"mine\.yaml:4: parallel\.world_size: .* set parallel\.world_size to 2 or 4"):
+        load(str(tmp_path / "mine.yaml"))
+
+
+def test_checks_report_together():
+    with pytest.raises(UserError) as caught:
+        load(TINY, ["precision.fp8=blockwise", "model.n_group=3", "training.recompute=[full, mlp]"])
+    assert len(str(caught.value).splitlines()) == 3
