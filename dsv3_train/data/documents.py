@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-import zstandard
-
 from dsv3_train.data.inputs import InputFile
 
 _CHUNK = 1 << 16
@@ -91,11 +89,12 @@ def _chunks(piece: Piece, stream: BinaryIO) -> Iterator[bytes]:
     if not piece.file.compression:
         yield stream.read()
         return
-    new: Callable[[], Any] = (
-        (lambda: zlib.decompressobj(wbits=31))
-        if piece.file.compression == ".gz"
-        else zstandard.ZstdDecompressor().decompressobj
-    )
+    new: Callable[[], Any] = lambda: zlib.decompressobj(wbits=31)  # noqa: E731
+    damage: tuple[type[Exception], ...] = (zlib.error,)
+    if piece.file.compression == ".zst":
+        import zstandard  # only here: the rest of a run does without
+
+        new, damage = zstandard.ZstdDecompressor().decompressobj, (zstandard.ZstdError,)
     decompress = new()
     try:
         while chunk := stream.read(_CHUNK):
@@ -104,7 +103,7 @@ def _chunks(piece: Piece, stream: BinaryIO) -> Iterator[bytes]:
                     decompress = new()
                 yield decompress.decompress(chunk)
                 chunk = decompress.unused_data
-    except (zlib.error, zstandard.ZstdError) as error:
+    except damage as error:
         raise _Damaged(f"damaged {piece.file.compression} data ({error})") from None
     if not decompress.eof:
         raise _Damaged(f"truncated {piece.file.compression} data")

@@ -15,7 +15,6 @@ import importlib
 import logging
 import sys
 import types
-import warnings
 from collections.abc import Callable, Collection
 
 import torch
@@ -226,7 +225,6 @@ def install(without: Collection[str] = ()) -> None:
             "runtime.device: cpu is for machines without a GPU; to hide this machine's, start with CUDA_VISIBLE_DEVICES="
         )
     _installed = True
-    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     for patch in BEFORE_IMPORT:
         if patch.__name__ not in without:
             patch()

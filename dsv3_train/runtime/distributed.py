@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import os
+import warnings
 
 import torch
 
@@ -27,13 +29,31 @@ def device_of(recipe: Recipe) -> str:
     return recipe.runtime.device
 
 
+_GPU_ENVIRONMENT = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # kernels start in the order of their launch: communication before compute
+    "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+}
+"""What Megatron's own launch scripts set; the shell's value wins."""
+
+
 def prepare_import(device: str) -> None:
-    """What has to happen before Megatron-core is imported."""
+    """What has to happen before Megatron-core is imported: patches on a CPU, environment and TE on a GPU.
+
+    Raises:
+        UserError: Transformer Engine is missing on a GPU machine, or there is a GPU in a CPU run.
+    """
+    # Notes of Megatron to its developers, in every process; faults raise.
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    for module in (r"megatron\.core", r"transformer_engine", r"torch\.distributed"):
+        warnings.filterwarnings("ignore", module=module)
     if device == "cpu":
         from dsv3_train.runtime import cpu
 
         cpu.install()
         return
+    for name, value in _GPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         import transformer_engine.pytorch  # noqa: F401
     except ImportError as error:

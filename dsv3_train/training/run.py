@@ -14,7 +14,8 @@ from dsv3_train.checkpoint.load import load_training
 from dsv3_train.checkpoint.save import CheckpointWriter
 from dsv3_train.checkpoint.state import Position, training_state
 from dsv3_train.data import batches as data_batches
-from dsv3_train.data import datasets
+from dsv3_train.data import datasets, manifest
+from dsv3_train.data.check import train_sets
 from dsv3_train.optim.ema import ParameterEma
 from dsv3_train.optim.schedules import Schedules, Values
 from dsv3_train.recipe.schema import Recipe
@@ -71,6 +72,7 @@ class Run:
             lambda path: self._event(f"checkpoint {path.name} is complete"),
         )
         self.speed = Speed(recipe, device)
+        self.last_validation: float | None = None
 
     def _event(self, text: str) -> None:
         if self.log:
@@ -104,8 +106,23 @@ class Run:
         if self.position.step > last_saved:
             self._save()
         self.writer.finish()
+        if self.position.step == self.schedules.total_steps:
+            self._event(self._summary())
         if self.log:
             self.log.close()
+
+    def _summary(self) -> str:
+        text = f"done: {self.position.step} steps, {self.position.consumed_tokens:,} tokens; run directory {self.run_dir}"
+        entropies = [found.unigram_entropy for found in map(manifest.load, self._prefixes()) if found]
+        if self.last_validation is not None and len(entropies) == 1:
+            text += (
+                f"\nlast validation loss {self.last_validation:.3f} nats per token; "
+                f"unigram entropy of the data {entropies[0]:.3f}"
+            )
+        return text
+
+    def _prefixes(self) -> list[str]:
+        return [dataset.path for dataset in train_sets(self.recipe)]
 
     def _plan(self, stop_after: int | None) -> Iterator[tuple[int, int]]:
         """First sample and size of each global batch from here on."""
@@ -188,6 +205,7 @@ class Run:
         sequences = count * self.recipe.training.micro_batch_size * parallel_state.get_data_parallel_world_size()
         reader = self._read(self.valid_data, iter([(0, sequences)]))
         loss = evaluate(self.trainer, list(reader) if reader else None, count)
+        self.last_validation = loss
         if self.log:
             self.log.validation(self.position.step, self.position.consumed_tokens, loss)
 
