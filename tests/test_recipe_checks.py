@@ -122,8 +122,12 @@ CASES = {
         ["parallel={world_size: 2, pipeline: 2}"],
     ),
     "interleaved micro-batches": (
-        ["parallel={world_size: 4, pipeline: 4}", "pipeline={schedule: interleaved, virtual_stages: 1}"]
-        + ["pipeline.virtual_stages=2", "model.num_hidden_layers=8", "schedule.batch_size=6"],
+        [
+            "parallel={world_size: 4, pipeline: 4}",
+            "pipeline={schedule: interleaved, virtual_stages: 2}",
+            "model.num_hidden_layers=8",
+            "schedule.batch_size=6",
+        ],
         "schedule.batch_size",
         "set it to 4 or 8",
         ["schedule.batch_size=8"],
@@ -163,8 +167,11 @@ CASES = {
         ["pipeline.layout=Etttt|mmL"],
     ),
     "mtp in an early virtual stage": (
-        ["parallel={world_size: 2, pipeline: 2}", "pipeline={schedule: interleaved, virtual_stages: 2}"]
-        + ["pipeline.layout=Ett|ttm||L"],
+        [
+            "parallel={world_size: 2, pipeline: 2}",
+            "pipeline={schedule: interleaved, virtual_stages: 2}",
+            "pipeline.layout=Ett|ttm||L",
+        ],
         "pipeline.layout",
         "MTP (m) must be in the last virtual stage",
         ["pipeline.layout=Ett|tt||mL"],

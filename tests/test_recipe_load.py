@@ -64,7 +64,7 @@ def test_any_text_survives_writing_and_reading(text, tmp_path):
 
 def test_a_dumped_piece_has_only_its_own_keys():
     schedule = yaml.safe_load(dump(tiny()))["schedule"]
-    assert schedule["lr"] == [{"linear": [0.0, 0.001], "until": "10 steps"}, {"constant": 0.001}]
+    assert schedule["lr"] == [{"linear": [0, 0.001], "until": "10 steps"}, {"constant": 0.001}]
     assert schedule["batch_size"] == 8
 
 

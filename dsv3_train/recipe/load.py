@@ -51,7 +51,7 @@ def values(recipe: Recipe) -> dict[str, Any]:
     plain = recipe.model_dump(mode="json")
     for name, pieces in plain["schedule"].items():
         if isinstance(pieces, list):
-            short = [{key: value for key, value in piece.items() if value is not None} for piece in pieces]
+            short = [{key: _whole(value) for key, value in piece.items() if value is not None} for piece in pieces]
             plain["schedule"][name] = short[0]["constant"] if list(short[0]) == ["constant"] else short
     return plain
 
@@ -82,6 +82,13 @@ def schema() -> dict[str, Any]:
     described["anyOf"] = [{"required": ["base"]}, {"required": described.pop("required")}]
     described["anyOf"][1]["required"].remove("name")
     return described
+
+
+def _whole(value: Any) -> Any:
+    """Numbers of a schedule as people write them: 8 rather than 8.0."""
+    if isinstance(value, list):
+        return [_whole(number) for number in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _flat(plain: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -70,11 +70,11 @@ def _message(detail: Any, path: tuple[str | int, ...]) -> str:
 
 def _expected(kind: str, context: dict[str, Any], value: Any, path: tuple[str | int, ...]) -> str:
     if kind == "value_error":
-        return str(context["error"])
+        return str(context["error"])[:300]
     got = f", got {_show(value)}"
     if kind in _BOUNDS:
-        name, words = _BOUNDS[kind]
-        return f"must be {words} {context[name]:g}{got}"
+        bound, relation = _BOUNDS[kind]
+        return f"must be {relation} {context[bound]:g}{got}"
     if kind == "literal_error":
         return f"must be one of {context['expected'].replace(' or ', ', ')}{got}"
     if kind == "too_short":
@@ -99,10 +99,9 @@ def _advice(kind: str, context: dict[str, Any], value: Any, path: tuple[str | in
         return "; indent its keys below it" if required else "; remove the line to have the defaults"
     if kind == "string_type" and value is not None and not isinstance(value, (dict, list)):
         return "; put it in quotes"
-    numbers = {"int_type": int, "float_type": (int, float)}
-    if isinstance(value, str) and kind in numbers:
-        read = scalar(value)
-        return "; remove the quotes" if isinstance(read, numbers[kind]) and not isinstance(read, bool) else ""
+    if isinstance(value, str) and kind in ("int_type", "float_type"):
+        fits = type(scalar(value)) in ((int,) if kind == "int_type" else (int, float))
+        return "; remove the quotes" if fits else ""
     if kind == "bool_type" and isinstance(value, str) and value.lower() in ("yes", "on", "no", "off"):
         return f"; write {'true' if value.lower() in ('yes', 'on') else 'false'}"
     return ""

@@ -55,7 +55,8 @@ def prefer_text(node: Node, path: tuple[str | int, ...] = ()) -> None:
 
 
 def _put(root: Node, steps: list[str], value: Node, place: Place) -> None:
-    node, path = root, ()
+    node = root
+    path: tuple[str | int, ...] = ()
     for step in steps[:-1]:
         index = _index(node, step, path)
         path = (*path, index)
