@@ -49,7 +49,8 @@ def model_state(chunks: list[GPTModel]) -> dict[str, dict]:
     states = {}
     for i, chunk in enumerate(chunks):
         state = chunk.sharded_state_dict(metadata=sharding_metadata())
-        states[f"model{i}"] = {name: entry for name, entry in state.items() if not name.endswith("_extra_state")}
+        # (TE's grouped layers number theirs by expert: `_extra_state1`.)
+        states[f"model{i}"] = {name: entry for name, entry in state.items() if "_extra_state" not in name}
     return states
 
 
@@ -57,7 +58,7 @@ def set_model_state(chunks: list[GPTModel], loaded: dict[str, dict]) -> None:
     """Put what was loaded for `model_state` into the chunks."""
     for i, chunk in enumerate(chunks):
         missing, surplus = chunk.load_state_dict(loaded[f"model{i}"], strict=False)
-        wrong = [name for name in [*missing, *surplus] if not name.endswith("_extra_state")]
+        wrong = [name for name in [*missing, *surplus] if "_extra_state" not in name]
         if wrong:
             raise RuntimeError(f"weights without a place, or places without a weight: {wrong}")
 

@@ -81,13 +81,12 @@ def megatron_config(recipe: Recipe, device: str, *, inference: bool = False) -> 
         expert_tensor_parallel_size=parallel.expert_tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         **_pipeline(recipe),
-        # Precision
+        # Precision and memory
         bf16=bf16,
         params_dtype=params_dtype,
         pipeline_dtype=params_dtype,
-        **_fp8(recipe),
-        # Memory
-        **_recompute(recipe),
+        # Megatron checks these against the TE that it finds; they add no parameters.
+        **({} if device == "meta" else _fp8(recipe) | _recompute(recipe)),
         # Kernels
         transformer_impl="transformer_engine" if on_gpu else "local",
         bias_activation_fusion=on_gpu,

@@ -54,7 +54,7 @@ def _print(recipe: Recipe, report: dict, ref: str, overrides: list[str]) -> None
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(soft_wrap=True, highlight=False)
     sizes = report["parameters"]
     console.print(f"[bold]{recipe.name}[/bold]  {recipe.description}")
     console.print(
@@ -96,4 +96,4 @@ def _print(recipe: Recipe, report: dict, ref: str, overrides: list[str]) -> None
     nodes = -(-p.world_size // p.gpus_per_node)
     if nodes > 1:
         command = f"srun --nodes={nodes} --ntasks-per-node={min(p.gpus_per_node, p.world_size)} {command}"
-    console.print(f"To run it: [bold]{command}[/bold]", soft_wrap=True)
+    console.print(f"To run it: [bold]{command}[/bold]")

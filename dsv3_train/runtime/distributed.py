@@ -31,7 +31,6 @@ def device_of(recipe: Recipe) -> str:
 
 _GPU_ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # kernels start in the order of their launch: communication before compute
-    "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }
 """What Megatron's own launch scripts set; the shell's value wins."""
@@ -70,9 +69,11 @@ def start(recipe: Recipe, device: str) -> None:
     """
     if device == "cpu":
         torch.set_num_threads(1)
+        torch.distributed.init_process_group("gloo", timeout=_TIMEOUT)
     else:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl", timeout=_TIMEOUT)
+        gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(gpu)
+        torch.distributed.init_process_group("nccl", timeout=_TIMEOUT, device_id=gpu)
     _divide(recipe)
 
 

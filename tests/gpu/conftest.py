@@ -1,7 +1,11 @@
 """Tests here need a GPU with Transformer Engine; anywhere else they are skipped."""
 
+import os
+
 import pytest
 import torch
+
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # minutes of compilation for seconds of tests
 
 
 def pytest_collection_modifyitems(items):
