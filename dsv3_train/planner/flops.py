@@ -1,9 +1,18 @@
 """Floating-point operations per token, forward and backward.
 
-Megatron's convention: 2 per multiply-add, three passes (forward, input gradient, weight gradient), matrix
-multiplications and attention alone (no norms, activations, router or embedding look-up); of routed experts those
-that a token visits. It reproduces the figures published for DeepSeek-V3 at 4096 tokens (arXiv 2505.09343):
-249.8 GF causal, 280.5 GF non-causal.
+Megatron's convention: 2 per multiply-add and three passes (forward, input gradient, weight gradient), so 6 per
+weight that a token is multiplied with, plus attention's core. Counted are
+
+- every matrix of attention (low-rank ones as they stand, not absorbed), of the dense FFNs, and of the shared and the
+  `num_experts_per_tok` routed experts that a token visits (3 matrices each), and the output head;
+- attention's core: scores over nope + rope dimensions and their product with the values, per head, over all S
+  positions, or S / 2 with `causal`;
+- with `mtp`, per module: one more MoE layer, the 2h x h projection, and the output head again.
+
+Not counted: embedding look-up, router, norms, activations, recomputation.
+
+It reproduces what is published for DeepSeek-V3 at S = 4096 (arXiv 2505.09343, table 4: 385 TFLOPS causal, 432
+non-causal at 272.80B tokens a day on 2048 GPUs): 249.81 GF causal, 280.51 non-causal; 259.99 causal with MTP.
 """
 
 from __future__ import annotations
@@ -28,7 +37,12 @@ def _moe_weights(m: Model) -> int:
 
 
 def flops_per_token(model: Model, sequence_length: int, *, causal: bool = True, mtp: bool = False) -> float:
-    """FLOPs of one token's forward and backward pass; `mtp` adds the Multi-Token Prediction modules."""
+    """FLOPs of one token's forward and backward pass in a sequence of `sequence_length` tokens.
+
+    Args:
+        causal: attention's core counts half, as a causal mask leaves it.
+        mtp: with the Multi-Token Prediction modules.
+    """
     m = model
     depth = m.num_nextn_predict_layers if mtp else 0
     moe_layers = m.num_hidden_layers - m.first_k_dense_replace

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from dataclasses import asdict
+from multiprocessing.util import Finalize
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dsv3_train.recipe.schema import Recipe
-from dsv3_train.training import pictures
 from dsv3_train.training.record import StepRecord
 
 
@@ -49,6 +51,9 @@ class RunLog:
             recipe.name, total=total_steps, completed=resumed_step, loss=float("nan"), speed=0.0
         )
         self._progress.start()
+        # The bar hides the cursor; a run that fails must give it back. (`atexit` is not called in forked ranks.)
+        Finalize(None, self._progress.stop, exitpriority=0)
+        self._peak_is_known = True
 
     def step(self, record: StepRecord) -> None:
         """One training step, to every place."""
@@ -56,6 +61,9 @@ class RunLog:
         self._progress.update(self._bar, completed=record.step, loss=record.loss, speed=record.tokens_per_second)
         if record.step % self._interval == 0 or record.step in (1, record.total_steps):
             self._say(_line(record))
+        if self._peak_is_known and record.tflops_per_gpu is not None and record.mfu is None:
+            self._peak_is_known = False
+            self._say("MFU is left out: this GPU's peak is not known (dsv3_train/training/speed.py)")
         if self._board:
             for tag, value in _scalars(record).items():
                 self._board.add_scalar(tag, value, record.step)
@@ -68,7 +76,9 @@ class RunLog:
             self._board.add_scalar("validation/loss", loss, step)
 
     def expert_load(self, step: int, load_le: np.ndarray) -> None:
-        """Tokens per MoE layer and expert of one global batch, as a heat map."""
+        """Tokens of one global batch per MoE layer and expert, [layers, experts], as a heat map."""
+        from dsv3_train.training import pictures  # matplotlib takes as long to import as all else here
+
         picture = pictures.expert_load(load_le, step)
         pictures.save(picture, self._run_dir / "expert_load" / f"step_{step:08d}.png")
         if self._board:
@@ -80,6 +90,8 @@ class RunLog:
 
     def close(self) -> None:
         """Draw the learning curve and let go of the files."""
+        from dsv3_train.training import pictures
+
         self._progress.stop()
         self._metrics.close()
         curve = pictures.learning_curve(self._metrics_path)
@@ -95,8 +107,17 @@ class RunLog:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _write_metrics(self, fields: dict) -> None:
-        self._metrics.write(json.dumps(fields) + "\n")
+        self._metrics.write(json.dumps(_finite(fields), allow_nan=False) + "\n")
         self._metrics.flush()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -28,22 +28,29 @@ def learning_curve(metrics: Path) -> Figure | None:
     """Losses and learning rate over consumed tokens, from a run's metrics.jsonl; None before the first step."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]
+    valid = [line for line in lines if line["kind"] == "validation"]
     if not steps:
         return None
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     tokens = [line["consumed_tokens"] for line in steps]
-    axes.plot(tokens, [line["loss"] for line in steps], label="loss", linewidth=1)
-    if steps[0]["mtp_loss"] is not None:
-        axes.plot(tokens, [line["mtp_loss"] for line in steps], label="MTP loss", linewidth=1)
-    valid = [line for line in lines if line["kind"] == "validation"]
-    axes.plot([v["consumed_tokens"] for v in valid], [v["loss"] for v in valid], "ko-", label="validation", markersize=3)
+    axes.plot(tokens, _values(steps, "loss"), label="loss", linewidth=1)
+    if any(line["mtp_loss"] is not None for line in steps):
+        axes.plot(tokens, _values(steps, "mtp_loss"), label="MTP loss", linewidth=1)
+    if valid:
+        at = [line["consumed_tokens"] for line in valid]
+        axes.plot(at, _values(valid, "loss"), "ko-", label="validation", markersize=3)
     axes.set(xlabel="consumed tokens", ylabel="nats per token")
     rate = axes.twinx()
-    rate.plot(tokens, [line["lr"] for line in steps], color="0.7", linewidth=1)
+    rate.plot(tokens, _values(steps, "lr"), color="0.7", linewidth=1)
     rate.set_ylabel("learning rate (grey)")
     axes.legend()
     return figure
+
+
+def _values(lines: list[dict], key: str) -> list[float]:
+    """null stands for a value that was not finite: a gap in the curve."""
+    return [float("nan") if line[key] is None else line[key] for line in lines]
 
 
 def save(figure: Figure, path: Path) -> None:

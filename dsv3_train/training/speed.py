@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import psutil
 import torch
 
@@ -9,11 +11,19 @@ from dsv3_train.planner.flops import flops_per_token
 from dsv3_train.recipe.schema import Recipe
 
 _PEAK_BF16_TFLOPS = {"H100": 989, "H800": 989, "H200": 989, "A100": 312, "A800": 312, "B200": 2250}
-"""Dense BF16 peak per GPU, from the vendor's data sheets (SXM parts)."""
+"""Dense BF16 peak of SXM parts, from the vendor's data sheets."""
 
 CONVENTION = (
     "TFLOPS: Megatron's model FLOPs, causal attention, MTP included, recomputation not; MFU: over the dense BF16 peak"
 )
+
+
+def peak_bf16_tflops(gpu_name: str) -> float | None:
+    """Dense BF16 TFLOPS of a GPU by the name that its driver gives, as `NVIDIA H100 80GB HBM3`; None if not known."""
+    words = set(re.split(r"[ -]", gpu_name))
+    if words & {"H100", "H200", "H800"} and words & {"PCIe", "NVL"}:  # slower parts of the same name
+        return None
+    return next((peak for part, peak in _PEAK_BF16_TFLOPS.items() if part in words), None)
 
 
 class Speed:
@@ -22,8 +32,7 @@ class Speed:
     def __init__(self, recipe: Recipe, device: str) -> None:
         self._flops = flops_per_token(recipe.model, recipe.training.sequence_length, mtp=True)
         self._gpus = recipe.parallel.world_size if device == "cuda" else 0
-        name = torch.cuda.get_device_name() if self._gpus else ""
-        self.peak_tflops = next((peak for part, peak in _PEAK_BF16_TFLOPS.items() if part in name), None)
+        self.peak_tflops = peak_bf16_tflops(torch.cuda.get_device_name()) if self._gpus else None
 
     def of(self, tokens_per_second: float) -> dict[str, float | None]:
         """The speed and memory fields of a StepRecord."""

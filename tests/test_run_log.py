@@ -1,0 +1,216 @@
+"""What a run leaves behind: each step once whatever was cut off, and pictures that show what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dsv3_train.recipe.load import load
+from dsv3_train.training import pictures
+from dsv3_train.training.log import RunLog
+from dsv3_train.training.record import StepRecord
+from dsv3_train.training.speed import peak_bf16_tflops
+
+TOTAL = 10
+
+
+def record(step: int, **changes) -> StepRecord:
+    known = StepRecord(
+        step=step,
+        total_steps=TOTAL,
+        consumed_samples=4 * step,
+        consumed_tokens=512 * step,
+        loss=8.0 / step,
+        mtp_loss=9.0 / step,
+        balance_loss=1.0,
+        lr=1e-3,
+        batch_size=4,
+        mtp_weight=0.3,
+        bias_update_speed=1e-3,
+        grad_norm=1.5,
+        step_seconds=0.5,
+        breakdown={"data": 0.1, "forward_backward": 0.3, "optimizer": 0.1},
+        tokens_per_second=1024.0,
+        load_max_over_mean=[1.5, 2.0],
+        bias_spread=[0.001, 0.002],
+        memory_gib=0.25,
+    )
+    return replace(known, **changes)
+
+
+def open_log(run_dir, resumed_step: int = 0, *overrides: str) -> RunLog:
+    return RunLog(run_dir, load("smoke", overrides), total_steps=TOTAL, resumed_step=resumed_step)
+
+
+def metrics(run_dir) -> list[dict]:
+    def strict(constant: str):
+        raise ValueError(f"{constant} is not JSON")
+
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=strict) for line in lines]
+
+
+@pytest.fixture
+def resumed(tmp_path):
+    """Steps 1-5, killed in the middle of a line; resumed from step 3 with another loss, to the end."""
+    first = open_log(tmp_path)
+    for step in range(1, 6):
+        first.step(record(step))
+        if step in (2, 4):
+            first.validation(step, 512 * step, 5.0)
+    first._metrics.write('{"kind": "step", "st')
+    first._metrics.close()
+    first._board.close()
+    first._progress.stop()
+    again = open_log(tmp_path, 3)
+    for step in range(4, TOTAL + 1):
+        again.step(record(step, loss=1.0))
+    again.validation(TOTAL, 512 * TOTAL, 4.0)
+    again.close()
+    return tmp_path
+
+
+def test_metrics_hold_each_step_once(resumed):
+    lines = metrics(resumed)
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert [line["step"] for line in steps] == list(range(1, TOTAL + 1))
+    assert [line["loss"] for line in steps[2:5]] == [8.0 / 3, 1.0, 1.0]
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [2, TOTAL]
+    assert steps[0]["breakdown"] == {"data": 0.1, "forward_backward": 0.3, "optimizer": 0.1}
+
+
+def test_tensorboard_holds_each_step_once(resumed):
+    events = EventAccumulator(str(resumed / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss/main")] == list(range(1, TOTAL + 1))
+    assert events.Scalars("loss/main")[3].value == 1.0
+    assert set(events.Tags()["scalars"]) == {
+        "loss/main",
+        "loss/mtp",
+        "loss/balance",
+        "schedule/lr",
+        "schedule/batch size",
+        "schedule/mtp weight",
+        "schedule/bias update speed",
+        "grad norm",
+        "consumed tokens",
+        "speed/tokens per second",
+        "memory/GiB",
+        "time/data",
+        "time/forward_backward",
+        "time/optimizer",
+        "expert load max over mean/MoE layer 0",
+        "expert load max over mean/MoE layer 1",
+        "routing bias spread/MoE layer 0",
+        "routing bias spread/MoE layer 1",
+        "validation/loss",
+    }
+
+
+def test_gpu_figures_have_tags_and_an_unknown_gpu_is_told_once(tmp_path):
+    log = open_log(tmp_path)
+    log.step(record(1, tflops_per_gpu=400.0))
+    log.step(record(2, tflops_per_gpu=400.0))
+    log.step(record(3, tflops_per_gpu=400.0, mfu=0.4))
+    log.close()
+    tags = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["scalars"]
+    assert {"speed/TFLOPS per GPU", "speed/MFU"} <= set(tags)
+    assert (tmp_path / "log.txt").read_text().count("MFU is left out") == 1
+
+
+def test_lines_are_logged_at_the_interval(tmp_path):
+    log = open_log(tmp_path, 0, "logging.interval=4", "logging.tensorboard=false")
+    for step in range(1, TOTAL + 1):
+        log.step(record(step))
+    log.event("checkpoint done")
+    log.close()
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    told = [int(line.split("step ")[1].split("/")[0]) for line in lines if " step " in line]
+    assert told == [1, 4, 8, TOTAL]
+    assert lines[-1].endswith("checkpoint done")
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    log = open_log(tmp_path)
+    log.step(record(1, loss=float("nan"), grad_norm=float("inf"), bias_spread=[float("nan"), 0.0]))
+    log.step(record(2))
+    log.close()
+    first = metrics(tmp_path)[0]
+    assert (first["loss"], first["grad_norm"], first["bias_spread"]) == (None, None, [None, 0.0])
+
+
+def test_learning_curve(resumed):
+    figure = pictures.learning_curve(resumed / "metrics.jsonl")
+    losses, rate = figure.axes
+    curves = {line.get_label(): line.get_xydata() for line in losses.lines}
+    assert set(curves) == {"loss", "MTP loss", "validation"}
+    assert curves["loss"].shape == (TOTAL, 2)
+    assert curves["validation"].tolist() == [[1024.0, 5.0], [512.0 * TOTAL, 4.0]]
+    assert len(rate.lines[0].get_xdata()) == TOTAL
+    assert imread(resumed / "learning_curve.png").shape[2] == 4
+
+
+def test_a_run_that_ends_before_its_first_step_has_no_curve(tmp_path):
+    open_log(tmp_path).close()
+    assert not (tmp_path / "learning_curve.png").exists()
+
+
+def test_expert_load_shows_each_cell_over_its_layers_mean(tmp_path):
+    load_le = np.array([[10.0, 10.0, 10.0, 10.0], [0.0, 10.0, 10.0, 60.0], [0.0, 0.0, 0.0, 0.0]])
+    log = open_log(tmp_path)
+    log.expert_load(50, load_le)
+    log.close()
+    assert imread(tmp_path / "expert_load" / "step_00000050.png").std() > 0.05
+    assert EventAccumulator(str(tmp_path / "tensorboard")).Reload().Images("expert load")[0].step == 50
+
+    axes = pictures.expert_load(load_le, 50).axes[0]
+    shown = np.asarray(axes.images[0].get_array())
+    assert shown.tolist() == [[1.0, 1.0, 1.0, 1.0], [0.0, 0.5, 0.5, 3.0], [0.0, 0.0, 0.0, 0.0]]
+    assert [text.get_text().strip() for text in axes.texts] == ["1.00", "3.00", "0.00"]
+
+
+def test_a_run_that_fails_in_a_terminal_gives_the_cursor_back(tmp_path):
+    pytest.importorskip("pty")
+    code = (
+        "import sys; from pathlib import Path; from dsv3_train.recipe.load import load; "
+        "from dsv3_train.training.log import RunLog; "
+        f"RunLog(Path({str(tmp_path)!r}), load('smoke', ['logging.tensorboard=false']), total_steps=3); "
+        "raise RuntimeError('boom')"
+    )
+    script = f"import pty, sys; sys.exit(pty.spawn([sys.executable, '-c', {code!r}]))"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+        env={**os.environ, "TERM": "xterm"},
+    )
+    hidden, shown = done.stdout.rfind(b"\x1b[?25l"), done.stdout.rfind(b"\x1b[?25h")
+    assert b"boom" in done.stdout
+    assert 0 <= hidden < shown
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H800", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peak(name, tflops):
+    assert peak_bf16_tflops(name) == tflops
