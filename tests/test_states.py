@@ -1,0 +1,61 @@
+"""What one process holds, by arithmetic, against the model itself built on the meta device."""
+
+import pytest
+
+from dsv3_train.planner.states import held, state_bytes
+from dsv3_train.recipe.load import load
+from dsv3_train.runtime import distributed
+
+PIPELINE = ["parallel.pipeline=2", "parallel.world_size=2"]
+FOUR = ["parallel.world_size=4", "parallel.expert=2"]
+
+
+@pytest.mark.parametrize(
+    ("ref", "overrides"),
+    [
+        ("smoke", []),
+        ("smoke", ["model.q_lora_rank=null"]),
+        ("smoke", ["model.num_nextn_predict_layers=0", "schedule.mtp_weight=0"]),
+        ("smoke", [*PIPELINE, "pipeline.layout=Ettt|tmL"]),
+        ("smoke", [*FOUR, "parallel.tensor=2"]),
+        ("smoke", [*FOUR, "parallel.tensor=2", "parallel.expert_tensor=2"]),
+        (
+            "smoke",
+            [*PIPELINE, "pipeline.layout=Et|t|t|tmL", "pipeline.schedule=interleaved", "pipeline.virtual_stages=2"],
+        ),
+        ("dsv3_671b_2048xh800", ["pipeline.schedule=1f1b", "parallel.expert=128", "precision.fp8=none"]),
+    ],
+)
+def test_values_per_process(ref, overrides):
+    distributed.prepare_import("cpu")
+    from dsv3_train.planner.account import account
+
+    recipe = load(ref, overrides)
+    counted = [0] * recipe.parallel.pipeline
+    for stage in account(recipe).stages:
+        counted[stage.pipeline_rank] += stage.parameters_per_rank
+    assert [rank.dense + rank.experts for rank in held(recipe)] == counted
+
+
+def test_dualpipe_holds_two_stages_per_rank():
+    once = held(load("dsv3_671b_2048xh800", ["pipeline.schedule=1f1b"]))
+    twice = held(load("dsv3_671b_2048xh800", ["pipeline.schedule=dualpipe"]))
+    assert [rank.experts for rank in twice] == [a.experts + b.experts for a, b in zip(once, once[::-1], strict=True)]
+    assert [rank.dense for rank in twice] == [a.dense + b.dense for a, b in zip(once, once[::-1], strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dense", "expert"),
+    [
+        ([], 4 + 4 + 8, 4 + 4 + 8),  # FP32 weight and gradient; two FP32 moments
+        (["precision.params=bf16"], 2 + 4 + 4 + 8, 2 + 4 + 4 + 8),  # and an FP32 master weight
+        (["precision.params=bf16", "precision.adam_moments=bf16"], 2 + 4 + 4 + 4, 2 + 4 + 4 + 4),
+        (["parallel.world_size=2", "parallel.zero1=false"], 4 + 4 + 8, 4 + 4 + 8),
+        (["parallel.world_size=2"], 4 + 4 + 8 / 2, 4 + 4 + 8 / 2),  # ZeRO-1 over two replicas
+        (["parallel.world_size=2", "parallel.expert=2"], 4 + 4 + 8 / 2, 4 + 4 + 8),  # each expert once
+    ],
+)
+def test_bytes_per_value(overrides, dense, expert):
+    recipe = load("smoke", overrides)
+    [rank] = held(recipe)
+    assert state_bytes(recipe) == rank.dense * dense + rank.experts * expert
