@@ -18,8 +18,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy dsv3_train cli
 
+# Of runs and data only what `make smoke` made: others may have taken days.
 clean:
-	rm -rf $(VENV) build runs data *.egg-info
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf runs/smoke data/smoke
 
 # torch by its exact version first: left to a range, pip takes the newest build, with gigabytes of CUDA.
 $(VENV)/.installed: setup.py constraints.txt

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from dsv3_cli import main
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.load import load
+from dsv3_train.runtime import environment
 from dsv3_train.runtime.environment import Gpu, Part, Probe
 from dsv3_train.runtime.lacks import lacks
 
@@ -167,6 +169,31 @@ def test_the_table_shows_all_that_was_found(dsv3):
 def test_an_unknown_recipe_is_a_fault_of_the_input(dsv3):
     with pytest.raises(UserError, match="no shipped recipe"):
         dsv3(LAPTOP, "nope")
+
+
+def test_gpus_are_read_in_gib(monkeypatch):
+    import torch
+
+    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0)
+    for name, value in (
+        ("is_available", True),
+        ("device_count", 2),
+        ("get_device_properties", properties),
+        ("mem_get_info", (100 * GIB, 139 * GIB)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *index, value=value: value)
+    assert environment.gpus() == [Gpu("NVIDIA H200", memory_gib=139.0, free_gib=100.0, capability="9.0")] * 2
+
+
+@pytest.mark.parametrize(
+    "kernel_module",
+    ["NVIDIA UNIX x86_64 Kernel Module", "NVIDIA UNIX Open Kernel Module for x86_64"],
+)
+def test_driver_version(tmp_path, kernel_module):
+    told = tmp_path / "version"
+    told.write_text(f"NVRM version: {kernel_module}  570.124.06  Release Build\nGCC version:  gcc version 12.3.0\n")
+    assert environment._driver(told) == "570.124.06"
+    assert environment._driver(tmp_path / "missing") is None
 
 
 def test_packages_that_are_broken_or_another_project(tmp_path):

@@ -126,9 +126,9 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _driver() -> str | None:
+def _driver(told: Path = Path("/proc/driver/nvidia/version")) -> str | None:
     try:
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+        text = told.read_text(encoding="utf-8")
     except OSError:
         return None
     return next((word for word in text.split() if word[0].isdigit() and "." in word), None)
