@@ -94,20 +94,25 @@ class Run:
         """To the end of the recipe's duration; or until step `stop_after`, as if interrupted there."""
         interval, eval_interval = self.recipe.checkpoint.interval, self.recipe.training.eval_interval
         batches = self._read(self.train_data, self._plan(stop_after))
+        plan = self._plan(stop_after)
         last_saved = self.position.step
-        for first_sample, batch_size in self._plan(stop_after):
+        planned = next(plan, None)
+        while planned is not None:
+            first_sample, batch_size = planned
+            planned = next(plan, None)
             self._step(batches, self.schedules.at(first_sample), batch_size)
             step = self.position.step
-            if eval_interval and (step % eval_interval == 0 or step == self.schedules.total_steps):
+            ended = planned is None and stop_after is None
+            if eval_interval and (step % eval_interval == 0 or ended):
                 self._validate()
             if interval and step % interval == 0:
                 self._save()
                 last_saved = step
+            if ended:
+                self._event(self._summary())
         if self.position.step > last_saved:
             self._save()
         self.writer.finish()
-        if self.position.step == self.schedules.total_steps:
-            self._event(self._summary())
         if self.log:
             self.log.close()
 

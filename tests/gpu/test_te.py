@@ -69,35 +69,30 @@ def on_gpu(out: Path, **changes) -> dict:
     return result(out)
 
 
-def gradient_errors(got: dict, expected: dict) -> tuple[float, float]:
-    """Largest relative error of the routers' gradients, and of all others."""
+def worst_gradient(got: dict, expected: dict) -> tuple[float, str]:
+    """Largest relative error of a gradient, and whose."""
     assert got["gradients"].keys() == expected["gradients"].keys()
-    errors = {
-        name: float((tensor - expected["gradients"][name]).norm() / expected["gradients"][name].norm())
+    return max(
+        (float((tensor - expected["gradients"][name]).norm() / expected["gradients"][name].norm()), name)
         for name, tensor in got["gradients"].items()
-    }
-    print("largest gradient errors:", sorted(((error, name) for name, error in errors.items()), reverse=True)[:8])
-    router = max(error for name, error in errors.items() if "router" in name)
-    return router, max(error for name, error in errors.items() if "router" not in name)
+    )
 
 
 def test_fp32(on_cpu, tmp_path):
     got = on_gpu(tmp_path)
     torch.testing.assert_close(got["losses"], on_cpu["losses"], rtol=1e-3, atol=0)
-    # TE multiplies FP32 matrices in TF32, 10 bits of mantissa; a token on the edge between two experts then goes to
-    # the other one, and a router's gradient is a small difference of such choices.
-    router, others = gradient_errors(got, on_cpu)
-    assert router < 0.2
-    assert others < 0.05
+    # TE multiplies FP32 matrices in TF32, 10 bits of mantissa: a token on the edge between two experts goes to the
+    # other one, and a router's gradient is a small difference of such choices (seen on an H200: 0.091).
+    error, name = worst_gradient(got, on_cpu)
+    assert error < 0.15, (error, name)
 
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
 def test_bf16(on_cpu, tmp_path, moments):
     got = on_gpu(tmp_path, precision={"params": "bf16", "adam_moments": moments}, parallel={"zero1": True})
     torch.testing.assert_close(got["losses"], on_cpu["losses"], rtol=2e-2, atol=0)
-    router, others = gradient_errors(got, on_cpu)  # 8 bits of mantissa
-    assert router < 0.4
-    assert others < 0.1
+    error, name = worst_gradient(got, on_cpu)
+    assert error < 0.3, (error, name)  # 8 bits of mantissa; a router's again (seen on an H200: 0.164)
     assert got["expert_biases"].dtype == torch.float32
 
 

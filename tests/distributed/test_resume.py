@@ -1,0 +1,154 @@
+"""Runs that stop and go on: bit for bit in the same layout, and with the same loss in another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from parity import in_processes, tiny
+
+from dsv3_train.data.prepare import prepare
+from dsv3_train.recipe.schema import Prepare
+from dsv3_train.runtime import distributed
+
+STEPS, CUT = 40, 17
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    """A dataset of this project's own sources."""
+    prefix = str(tmp_path_factory.mktemp("data") / "own")
+    sources = str(Path(__file__).parents[2] / "dsv3_train")
+    prepare(Prepare(inputs=[sources], output=prefix, vocab_size=512, fim_rate=0.1), workers=1)
+    distributed.prepare_import("cpu")
+    import dsv3_train.training.run  # noqa: F401  once, before forking
+
+    return prefix
+
+
+def recipe(data: str, run_dir: Path, **changes):
+    """40 steps whose batch grows from 8 to 16 over the first 30, the cut at 17 within."""
+    base = {
+        "model": {"vocab_size": 512},
+        "data": {"train": [{"path": data}], "valid_fraction": 0.1, "workers": 0},
+        "optim": {"eps": 1e-3, "ema_decay": 0.9},
+        "schedule": {
+            "lr": [{"linear": [0, 5e-3], "until": "10 steps"}, {"cosine": [5e-3, 5e-4]}],
+            "batch_size": [{"linear": [8, 16], "until": "30 steps"}, {"constant": 16}],
+            "mtp_weight": [{"constant": 0.3, "until": "25 steps"}, {"constant": 0.1}],
+            "bias_update_speed": [{"constant": 1e-3, "until": "35 steps"}, {"constant": 0}],
+        },
+        "training": {"duration": f"{STEPS} steps", "eval_interval": STEPS, "eval_sequences": 8},
+        "checkpoint": {"interval": 0},
+        "logging": {"tensorboard": False, "expert_load_interval": 0},
+        "runtime": {"run_dir": str(run_dir)},
+    }
+    for section, values in changes.items():
+        base[section] = {**base.get(section, {}), **values}
+    return tiny(**base)
+
+
+def run(settings, stop_after: int | None = None) -> dict[int, dict]:
+    """Train in the recipe's run directory; the step records that are there afterwards."""
+
+    def on_rank() -> None:
+        from dsv3_train.training.run import Run
+        from dsv3_train.training.startup import Startup
+
+        distributed.start(settings, "cpu")
+        Run(settings, run_dir, "cpu", Startup()).train(stop_after)
+        distributed.stop()
+
+    run_dir = Path(settings.runtime.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    in_processes(on_rank, settings.parallel.world_size)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert len([line for line in lines if line["kind"] == "validation"]) == (stop_after is None)
+    return {line["step"]: line for line in lines if line["kind"] == "step"}
+
+
+TIMES = ("step_seconds", "breakdown", "tokens_per_second", "memory_gib")
+
+
+def facts(records: dict[int, dict]) -> dict[int, dict]:
+    """All of the records but what depends on the clock."""
+    return {step: {k: v for k, v in line.items() if k not in TIMES} for step, line in records.items()}
+
+
+def tensors(run_dir: Path, step: int) -> dict:
+    """Every tensor of a checkpoint: weights, optimizer, averages."""
+    import torch
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+    reader = FileSystemReader(str(run_dir / "checkpoints" / f"step_{step:08d}"))
+    loaded = _load_state_dict_from_keys(checkpoint_id=None, storage_reader=reader)
+    flat = {}
+
+    def walk(value, name):
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(inner, f"{name}.{key}")
+        elif isinstance(value, torch.Tensor):
+            flat[name] = value
+
+    walk(loaded, "")
+    return flat
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
+@pytest.mark.parametrize("zero1", [False, True], ids=["", "zero1"])
+def test_same_layout_bit_for_bit(data, tmp_path, zero1):
+    """Losses, norms, expert loads of every step and every tensor of the last checkpoint."""
+    parallel = {"zero1": zero1}
+    whole = run(recipe(data, tmp_path / "whole", parallel=parallel))
+    assert [whole[step]["batch_size"] for step in (1, CUT, CUT + 1, STEPS)] == [8, 12, 12, 16]
+    cut = recipe(data, tmp_path / "cut", parallel=parallel)
+    assert list(run(cut, stop_after=CUT)) == list(range(1, CUT + 1))
+    assert facts(run(cut)) == facts(whole)
+    expected, got = tensors(tmp_path / "whole", STEPS), tensors(tmp_path / "cut", STEPS)
+    assert expected.keys() == got.keys()
+    assert any("exp_avg_sq" in name for name in got)
+    assert any(".ema." in name or name.startswith(".ema") for name in got)
+    assert any("expert_bias" in name for name in got)
+    assert [name for name in expected if not expected[name].equal(got[name])] == []
+
+
+# (parallel, pipeline, training): each takes two sequences at a time, so that the growing batch is rounded alike.
+LAYOUTS = {
+    "ep2": ({"world_size": 2, "expert": 2}, {}, {}),
+    "pp2": ({"world_size": 2, "pipeline": 2}, {"layout": "Ettt|tmL"}, {"micro_batch_size": 2}),
+    "pp2_ep2": ({"world_size": 4, "pipeline": 2, "expert": 2}, {"layout": "Ett|ttmL"}, {}),
+}
+
+
+@pytest.mark.parametrize(("begun", "resumed"), [("ep2", "pp2"), ("pp2", "ep2"), ("pp2_ep2", "ep2")])
+def test_another_layout(data, tmp_path, begun, resumed):
+    """From one EP and PP to another under ZeRO-1, in mid ramp: the same loss at every step within 1e-5."""
+
+    def layout(name: str, run_dir: Path):
+        parallel, pipeline, training = LAYOUTS[name]
+        training = {"duration": "24 steps", "eval_interval": 24, "eval_sequences": 8, **training}
+        schedule = {"bias_update_speed": 1e-3, "mtp_weight": 0.3}
+        return recipe(
+            data, run_dir, parallel={**parallel, "zero1": True}, pipeline=pipeline, training=training, schedule=schedule
+        )
+
+    whole = run(layout(begun, tmp_path / "whole"))
+    run(layout(begun, tmp_path / "moved"), stop_after=CUT)
+    moved = run(layout(resumed, tmp_path / "moved"))
+    assert [moved[step]["batch_size"] for step in moved] == [whole[step]["batch_size"] for step in whole]
+    for step in whole:
+        assert moved[step]["loss"] == pytest.approx(whole[step]["loss"], rel=1e-5), step
+
+
+def test_end_in_a_layout_that_rounds_batches_otherwise(data, tmp_path):
+    """The number of steps follows from the plan of the layout that finishes, which validates at its last."""
+    short = {"training": {"duration": "20 steps", "eval_interval": 20, "eval_sequences": 8}}
+    short["schedule"] = {"bias_update_speed": 1e-3, "mtp_weight": 0.3}
+    run(recipe(data, tmp_path, parallel={"zero1": True}, **short), stop_after=CUT)
+    records = run(recipe(data, tmp_path, parallel={"world_size": 2, "expert": 2, "zero1": True}, **short))
+    assert all(records[step]["batch_size"] % 2 == 0 for step in records if step > CUT)
+    tokens = [records[step]["consumed_tokens"] for step in sorted(records)]
+    assert tokens == sorted(set(tokens))
