@@ -27,10 +27,15 @@ def run() -> None:
     """Run the command line; bad input ends in its message alone and exit code 2."""
     try:
         app()
-    except UserError as error:
+    except Exception as error:
         from dsv3_train.runtime.launch import report_to_parent
 
-        if not report_to_parent(error):
+        told = report_to_parent(error)
+        if not isinstance(error, UserError):
+            if told:
+                sys.exit(1)
+            raise
+        if not told:
             print(error, file=sys.stderr)
         sys.exit(2)
 

@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dsv3_train.checkpoint.directory import check_safe
 from dsv3_train.checkpoint.state import (
@@ -96,5 +97,9 @@ def _load(path: Path, state: dict, saved: dict[str, ShardedTensor]) -> dict:
         raise UserError(f"{path}: a checkpoint of another model: {faults[0]}{more}; check the recipe's model section")
     try:
         return dist_checkpointing.load(state, str(path))
-    except (CheckpointingException, OSError, EOFError, RuntimeError) as error:
-        raise UserError(f"{path}: the checkpoint is damaged ({error}); remove it to resume from an earlier one") from None
+    except (CheckpointException, CheckpointingException, OSError, EOFError, RuntimeError) as error:
+        # torch collects what each rank met; its own text is all their tracebacks.
+        causes = getattr(error, "failures", {0: (error,)})
+        cause = next(iter(causes.values()))[0]
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())
+        raise UserError(f"{path}: the checkpoint is damaged ({reason}); remove it to resume from an earlier one") from None

@@ -65,20 +65,36 @@ def launch(work: Callable[[], None], world_size: int, device: str) -> None:
             start = _fork if device == "cpu" else _respawn
             code = _wait(start(work, world_size))
             del os.environ[_ERRORS]
-            # Every rank tends to find the same fault: the first one speaks for all.
-            messages = sorted(Path(errors).iterdir(), key=lambda file: int(file.name))
-            if messages:
-                raise UserError(messages[0].read_text(encoding="utf-8"))
+            _raise_first(Path(errors))
         if code:
             raise SystemExit(code)
 
 
-def report_to_parent(error: UserError) -> bool:
-    """In a process that `launch` started: leave the message to the parent. False anywhere else."""
+def report_to_parent(error: BaseException) -> bool:
+    """In a process that `launch` started: leave what went wrong to the parent. False anywhere else."""
     if _ERRORS not in os.environ:
         return False
-    Path(os.environ[_ERRORS], os.environ["RANK"]).write_text(str(error), encoding="utf-8")
+    fault = isinstance(error, UserError)
+    text = str(error) if fault else "".join(traceback.format_exception(error))
+    name = f"{os.environ['RANK']}.{'fault' if fault else 'crash'}"
+    Path(os.environ[_ERRORS], name).write_text(text, encoding="utf-8")
     return True
+
+
+def _raise_first(errors: Path) -> None:
+    """Say once what many ranks met: a fault of the input, else the crash that came first.
+
+    The other ranks' errors follow from it: a peer that is gone.
+    """
+    faults = sorted(errors.glob("*.fault"), key=lambda file: int(file.stem))
+    if faults:
+        raise UserError(faults[0].read_text(encoding="utf-8"))
+    crashes = sorted(errors.glob("*.crash"), key=lambda file: file.stat().st_mtime_ns)
+    if crashes:
+        text = crashes[0].read_text(encoding="utf-8")
+        print("\n".join(f"[rank {crashes[0].stem}] {line}" for line in text.splitlines()), file=sys.stderr)
+        if crashes[1:]:
+            print(f"ranks {', '.join(file.stem for file in crashes[1:])} failed after it", file=sys.stderr)
 
 
 def _free_port() -> int:
@@ -116,14 +132,11 @@ def _run_child(work: Callable[[], None], rank: int) -> int:
     code = 0
     try:
         work()
-    except UserError as error:
-        report_to_parent(error)
-        code = 2
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:
-        code = 1
-        print("".join(f"[rank {rank}] {line}\n" for line in traceback.format_exc().splitlines()), file=sys.stderr)
+    except BaseException as error:
+        code = 2 if isinstance(error, UserError) else 1
+        report_to_parent(error)
     # os._exit skips this, and a checkpoint's helper process would be left behind.
     multiprocessing.util._exit_function()  # type: ignore[attr-defined]
     sys.stdout.flush()

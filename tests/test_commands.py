@@ -1,0 +1,141 @@
+"""`dsv3 train` and `dsv3 generate` as a user runs them, small; and what they say to bad checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SMALL = [
+    "training.eval_interval=4",
+    "training.eval_sequences=8",
+    "logging.expert_load_interval=4",
+    "checkpoint.interval=4",
+    "schedule.batch_size=8",
+    "data.prepare.vocab_size=512",
+    "data.prepare.output=data/own",
+    f"data.prepare.inputs=[{Path(__file__).parents[1] / 'dsv3_train'}]",
+]
+
+
+def dsv3(*arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, "-m", "dsv3_cli.main", *arguments], capture_output=True, text=True, cwd=cwd)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Six steps of `smoke` on this project's sources, in four processes, stopped by its duration at four before."""
+    where = tmp_path_factory.mktemp("run")
+    dsv3("train", "smoke_parallel", *SMALL, "training.duration=4 steps", cwd=where)
+    dsv3("train", "smoke_parallel", *SMALL, "training.duration=6 steps", cwd=where)
+    return where
+
+
+def test_run_directory(trained):
+    run = trained / "runs" / "smoke_parallel"
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if line["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert "resumed from" in (run / "log.txt").read_text()
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_00000004", "step_00000006"]
+    for name in ("recipe.yaml", "environment.json", "topology.json", "learning_curve.png"):
+        assert (run / name).stat().st_size > 0
+    assert json.loads((run / "topology.json").read_text())["pipeline"] == 2
+    assert (run / "expert_load" / "step_00000004.png").is_file()
+    assert list((run / "tensorboard").iterdir())
+    assert not list(run.rglob("*.unfinished"))
+
+
+def test_generate(trained):
+    first = dsv3("generate", "runs/smoke_parallel", "--prompt", "def ", "--max-tokens", "5", "--json", cwd=trained)
+    report = json.loads(first.stdout)
+    assert (report["step"], report["prompt"]) == (6, "def ")
+    assert 0 < report["tokens"] <= 5
+    again = dsv3("generate", "runs/smoke_parallel", "--prompt", "def ", "--max-tokens", "5", "--json", cwd=trained)
+    assert json.loads(again.stdout) == report  # the seed decides
+    spread = ["parallel.world_size=2", "parallel.expert=2", "--temperature", "0", "--max-tokens", "5", "--json"]
+    two = dsv3("generate", "runs/smoke_parallel", *spread, cwd=trained)
+    one = dsv3("generate", "runs/smoke_parallel", *spread[2:], cwd=trained)
+    assert json.loads(two.stdout) == json.loads(one.stdout)
+
+
+def refused(done: subprocess.CompletedProcess, *parts: str) -> None:
+    """One line that names the parts, exit code 2, no traceback."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert all(part in done.stderr for part in parts), done.stderr
+
+
+class _Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harmed",)
+
+
+def test_checkpoints_that_are_refused(trained, tmp_path):
+    """Code in a pickle, a cut file, another model, nothing at all: one line, and the run directory as it was."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    run = tmp_path / "runs" / "smoke_parallel"
+    newest = run / "checkpoints" / "step_00000006"
+    longer = ["train", "smoke_parallel", *SMALL, "training.duration=8 steps"]
+    before = (run / "metrics.jsonl").read_text()
+
+    contents = (newest / ".metadata").read_bytes()
+    (newest / ".metadata").write_bytes(pickle.dumps(_Harmful()))
+    refused(dsv3("generate", "runs/smoke_parallel", cwd=tmp_path, check=False), ".metadata", "mkdir")
+    refused(dsv3(*longer, cwd=tmp_path, check=False), ".metadata", "mkdir")
+    assert not (tmp_path / "harmed").exists()
+    (newest / ".metadata").write_bytes(contents)
+
+    common = (newest / "common.pt").read_bytes()
+    (newest / "common.pt").write_bytes(common[: len(common) // 2])
+    refused(dsv3("generate", "runs/smoke_parallel", cwd=tmp_path, check=False), "common.pt")
+    (newest / "common.pt").write_bytes(common)
+
+    piece = next(newest.glob("*.distcp"))
+    whole = piece.read_bytes()
+    piece.write_bytes(whole[:100])
+    refused(dsv3("generate", "runs/smoke_parallel", cwd=tmp_path, check=False), str(newest.name), "damaged")
+    piece.write_bytes(whole)
+
+    refused(dsv3(*longer, "model.hidden_size=192", cwd=tmp_path, check=False), "recipe.yaml", "model.hidden_size")
+    refused(dsv3(*longer, "pipeline={}", "parallel={world_size: 1}", "runtime.run_dir=runs/new", "model.v_head_dim=64",
+                 f"checkpoint.load={newest}", cwd=tmp_path, check=False), "another model", "linear_proj")  # fmt: skip
+    refused(dsv3("generate", "runs/none", cwd=tmp_path, check=False), "runs/none", "no checkpoint")
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_data_that_is_not_there(tmp_path):
+    wrong = ["data={train: [{path: data/nothing}]}"]
+    refused(dsv3("train", "smoke_parallel", *wrong, cwd=tmp_path, check=False), "data.train.0.path", "data/nothing")
+    assert not list(tmp_path.iterdir())
+
+
+def test_launcher_with_another_world(tmp_path):
+    env = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    command = [sys.executable, "-m", "dsv3_cli.main", "train", "smoke_parallel"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    refused(done, "parallel.world_size", "4", "3")
+    assert not list(tmp_path.iterdir())
+
+
+def test_torchrun_joins(trained, tmp_path):
+    """Under torchrun the ranks join; the same steps, the same losses."""
+    shutil.copytree(trained / "data", tmp_path / "data")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", "--master-port=0"]
+    command = [*torchrun, "-m", "dsv3_cli.main", "train", "smoke_parallel", *SMALL, "training.duration=4 steps"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+
+    def losses(where: Path) -> list[float]:
+        lines = (where / "runs" / "smoke_parallel" / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines][:3]
+
+    assert losses(tmp_path) == losses(trained)

@@ -1,0 +1,77 @@
+"""The report's 2048-GPU run, worked out on a CPU, through the command."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import pytest
+
+DSV3 = [sys.executable, "-m", "dsv3_cli.main"]
+
+
+@pytest.fixture(scope="module")
+def published() -> dict:
+    start = time.monotonic()
+    done = subprocess.run(
+        [*DSV3, "train", "dsv3_671b_2048xh800", "--dry-run", "--json"], capture_output=True, text=True, check=True
+    )
+    report = json.loads(done.stdout)
+    report["seconds"] = time.monotonic() - start
+    report["peak_bytes"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return report
+
+
+def test_every_parameter(published):
+    """Totals of the published index, routing biases (256 in each of 58 + 1 MoE layers) included."""
+    assert published["parameters"]["main"] == 671_026_419_200
+    assert published["parameters"]["mtp"] == 11_610_068_224
+    assert round(published["parameters"]["active"] / 1e9, 2) == 37.55
+    assert sum(stage["parameters"] for stage in published["stages"]) == 671_026_419_200 + 11_610_068_224
+
+
+def test_stages(published):
+    layers = [stage["layers"] for stage in published["stages"]]
+    assert len(layers) == 16
+    assert layers[0] == "Etttt"
+    assert set(layers[1:15]) == {"tttt"}
+    assert layers[15] == "tmL"
+    # A MoE layer is 11.507B; one rank of EP64 holds 4 of its 256 experts.
+    assert {round(stage["parameters"] / 4e9, 3) for stage in published["stages"][1:15]} == {11.507}
+    held = 187_107_328 + 2 * 7168 + 256 * 7168 + 256 + (4 + 1) * 3 * 7168 * 2048
+    assert {stage["parameters_per_rank"] for stage in published["stages"][1:15]} == {4 * held}
+
+
+def test_run(published):
+    assert published["world_size"] == 2048
+    assert published["total_tokens"] == 14_800_000_000_000
+    assert published["total_steps"] * 15360 * 4096 > 14_800_000_000_000  # the ramp takes more, smaller steps
+    first, *_, last = published["schedule"]
+    assert (first["batch_size"], first["mtp_weight"], first["bias_update_speed"]) == (3072, 0.3, 0.001)
+    assert (last["batch_size"], last["lr"], last["mtp_weight"], last["bias_update_speed"]) == (15360, 7.3e-6, 0.1, 0)
+
+
+def test_bounds(published):
+    assert published["seconds"] < 60
+    assert published["peak_bytes"] < 8e9
+
+
+def test_a_run_refuses_what_is_not_there_yet(tmp_path):
+    done = subprocess.run([*DSV3, "train", "dsv3_671b_2048xh800"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "pipeline.schedule: dualpipe" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recipe", ["smoke_parallel", "dsv3_16b"])
+def test_other_recipes(recipe):
+    done = subprocess.run([*DSV3, "train", recipe, "--dry-run", "--json"], capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    assert sum(stage["parameters"] for stage in report["stages"]) == sum(report["parameters"][k] for k in ("main", "mtp"))
+    if recipe == "dsv3_16b":
+        assert round(report["parameters"]["main"] / 1e9, 1) == 15.7
+        assert round(report["parameters"]["active"] / 1e9, 1) == 2.7  # 2.4B without the embedding
