@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from parity import tiny
 
 from dsv3_train.data import datasets, index
 from dsv3_train.data.batches import micro_batches
 from dsv3_train.runtime import distributed
 from dsv3_train.runtime.launch import launch
+from parity import tiny
 
 S = 8  # sequence length
 LENGTHS = np.random.RandomState(0).randint(1, 40, 60).astype(np.int32)

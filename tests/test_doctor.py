@@ -10,9 +10,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from dsv3_cli import main
 from typer.testing import CliRunner
 
+from dsv3_cli import main
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.load import load
 from dsv3_train.runtime import environment

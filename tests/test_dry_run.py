@@ -71,7 +71,9 @@ def test_a_run_refuses_what_is_not_there_yet(tmp_path):
 def test_other_recipes(recipe):
     done = subprocess.run([*DSV3, "train", recipe, "--dry-run", "--json"], capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)
-    assert sum(stage["parameters"] for stage in report["stages"]) == sum(report["parameters"][k] for k in ("main", "mtp"))
+    assert sum(stage["parameters"] for stage in report["stages"]) == sum(
+        report["parameters"][k] for k in ("main", "mtp")
+    )
     if recipe == "dsv3_16b":
         assert round(report["parameters"]["main"] / 1e9, 1) == 15.7
         assert round(report["parameters"]["active"] / 1e9, 1) == 2.7  # 2.4B without the embedding

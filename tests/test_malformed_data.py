@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dsv3_cli import main
-from parity import tiny
 
+from dsv3_cli import main
 from dsv3_train.data import datasets, index
 from dsv3_train.data.prepare import prepare
 from dsv3_train.data.tokenizer import train
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.schema import Prepare
+from parity import tiny
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
 

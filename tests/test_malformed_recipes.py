@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from dsv3_cli import main
 
 GOOD = (Path(__file__).parent / "recipes" / "tiny.yaml").read_text(encoding="utf-8")

@@ -6,10 +6,10 @@ import os
 
 import pytest
 import torch
-from parity import batch, tiny
 
 from dsv3_train.runtime import distributed
 from dsv3_train.runtime.launch import _free_port, _rank_environment
+from parity import batch, tiny
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,9 @@ def test_initial_weights(trainer):
         if "norm" in name:
             assert torch.equal(parameter, torch.ones_like(parameter)), name
         else:
-            assert float(parameter.detach().std()) == pytest.approx(trainer.recipe.model.initializer_range, rel=0.15), name
+            assert float(parameter.detach().std()) == pytest.approx(trainer.recipe.model.initializer_range, rel=0.15), (
+                name
+            )
     first, second = model.decoder.layers[1], model.decoder.layers[2]
     assert not torch.equal(first.mlp.experts.linear_fc1, second.mlp.experts.linear_fc1)
     assert not torch.equal(first.mlp.experts.linear_fc1[0], first.mlp.experts.linear_fc1[1])
@@ -139,7 +141,7 @@ def test_choice_of_tokens(trainer):
     drawn = [choose(logits, 1.0, 0.7, generator) for _ in range(400)]
     assert set(drawn) == {0, 1}  # 0.5 + 0.3 crosses 0.7; the rest is out
     assert 0.5 < drawn.count(0) / 400 < 0.75  # 0.625 expected
-    assert set(choose(logits, 1.0, 1.0, generator) for _ in range(400)) == {0, 1, 2, 3}
+    assert {choose(logits, 1.0, 1.0, generator) for _ in range(400)} == {0, 1, 2, 3}
 
 
 def test_ema_follows_the_parameters(trainer):

@@ -9,9 +9,9 @@ import subprocess
 import sys
 
 import pytest
-from dsv3_cli import main
 from typer.testing import CliRunner
 
+from dsv3_cli import main
 from dsv3_train.recipe.load import load, values
 
 

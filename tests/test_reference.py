@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
-
 
 transformers = pytest.importorskip("transformers")
 
@@ -103,9 +101,8 @@ def compared():
     distributed.prepare_import("cpu")
     import os
 
-    from parity import batch, tiny
-
     from dsv3_train.training.assemble import assemble
+    from parity import batch, tiny
 
     recipe = tiny(model={"num_nextn_predict_layers": 0}, schedule={"balance_loss": 0.0, "mtp_weight": 0.0})
     reference = _hf_model(recipe)

@@ -1,6 +1,6 @@
 """Time and profile training steps of a recipe on random tokens: where a step's time goes on this machine.
 
-    python tools/profile_step.py dsv3_tiny training.micro_batch_size=8
+python tools/profile_step.py dsv3_tiny training.micro_batch_size=8
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def profile(recipe, device: str) -> None:
     seconds = statistics.median(step() for _ in range(STEPS))
     tokens = values.batch_size * length
     flops = flops_per_token(recipe.model, length, mtp=True) * tokens / recipe.parallel.world_size
-    print(f"{seconds:.3f} s per step, {tokens / seconds:,.0f} tokens/s, {flops / seconds / 1e12:.0f} TFLOPS per process")
+    print(
+        f"{seconds:.3f} s per step, {tokens / seconds:,.0f} tokens/s, {flops / seconds / 1e12:.0f} TFLOPS per process"
+    )
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities[: 2 if device == "cuda" else 1]) as trace:
         step()

@@ -41,9 +41,7 @@ def load_training(
     common = _common(path)
     notes = []
     same_layout = common["topology"] == topology(recipe)
-    state = training_state(
-        recipe, Position(), chunks, optimizer, ema, loading=True, with_random_state=same_layout
-    )
+    state = training_state(recipe, Position(), chunks, optimizer, ema, loading=True, with_random_state=same_layout)
     saved = dist_checkpointing.load_tensors_metadata(str(path))
     if ema is not None and not any(key.startswith("ema.") for key in saved):
         del state["ema"]
@@ -102,4 +100,6 @@ def _load(path: Path, state: dict, saved: dict[str, ShardedTensor]) -> dict:
         causes = getattr(error, "failures", {0: (error,)})
         cause = next(iter(causes.values()))[0]
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())
-        raise UserError(f"{path}: the checkpoint is damaged ({reason}); remove it to resume from an earlier one") from None
+        raise UserError(
+            f"{path}: the checkpoint is damaged ({reason}); remove it to resume from an earlier one"
+        ) from None

@@ -22,9 +22,7 @@ class Decoder:
         """Append [1, s] tokens; returns FP32 logits [vocabulary] for the token after them."""
         start = self._context.sequence_len_offset
         positions = torch.arange(start, start + tokens_1s.size(1), device=tokens_1s.device)[None]
-        logits_1sv = self.model(
-            tokens_1s, positions, None, inference_context=self._context, runtime_gather_output=True
-        )
+        logits_1sv = self.model(tokens_1s, positions, None, inference_context=self._context, runtime_gather_output=True)
         self._context.increment_sequence_len_offset(tokens_1s.size(1))
         return logits_1sv[0, -1].float()
 

@@ -55,9 +55,9 @@ def _values(piece: ShardedTensor, seed: int, std: float) -> torch.Tensor:
         whole = _normal(piece.global_shape, f"{seed}:{piece.key}", std)
         return whole[piece.global_slice()].reshape(piece.local_shape)
     # [experts, out, in]: one draw for each expert of this piece.
-    first, *cut = piece.global_offset[0], *piece.global_slice()[1:]
+    first, cut = piece.global_offset[0], tuple(piece.global_slice())[1:]
     count = piece.local_shape[0] if piece.prepend_axis_num == 0 else 1
-    drawn = [_normal(piece.global_shape[1:], f"{seed}:{piece.key}:{first + i}", std)[tuple(cut)] for i in range(count)]
+    drawn = [_normal(piece.global_shape[1:], f"{seed}:{piece.key}:{first + i}", std)[cut] for i in range(count)]
     return torch.stack(drawn).reshape(piece.local_shape)
 
 

@@ -19,7 +19,6 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import GroupedMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
@@ -55,7 +54,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_unused: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[union-attr]
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class ReplicatedLinear(MegatronModule):
@@ -100,7 +99,7 @@ def replace(spec: Any) -> Any:
         if spec.mlp.module is MLP:
             names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
         spec = dataclasses.replace(spec, sharded_state_dict_keys_map=names)
-    if isinstance(spec, ModuleSpec) or dataclasses.is_dataclass(spec):
+    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
         changes = {field.name: replace(getattr(spec, field.name)) for field in dataclasses.fields(spec)}
         return dataclasses.replace(spec, **changes)
     return spec

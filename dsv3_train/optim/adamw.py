@@ -29,7 +29,7 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         if not adam_w_mode:
             raise ValueError("only decoupled weight decay (AdamW) is implemented")
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.master_weights = master_weights
         self.use_decoupled_grad = use_decoupled_grad
         self.dtypes = {

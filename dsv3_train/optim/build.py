@@ -12,9 +12,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from dsv3_train.recipe.schema import Recipe
 
 
-def wrap_chunks(
-    recipe: Recipe, config: MLATransformerConfig, chunks: list[GPTModel]
-) -> list[DistributedDataParallel]:
+def wrap_chunks(recipe: Recipe, config: MLATransformerConfig, chunks: list[GPTModel]) -> list[DistributedDataParallel]:
     """Megatron's data-parallel wrappers: gradients accumulate and reduce in FP32 (report, section 3.3.2)."""
     parallel = recipe.parallel
     ddp_config = DistributedDataParallelConfig(

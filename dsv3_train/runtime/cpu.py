@@ -48,7 +48,7 @@ def device_argument() -> None:
 
 def to_cuda() -> None:
     """The copy of the embedding on MTP's stage is filled through `.cuda()` (language_module.py)."""
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore
 
 
 class _Event:
@@ -88,7 +88,7 @@ def streams() -> None:
     """The token dispatcher and the overlapped schedules make CUDA streams and events."""
     torch.cuda.Stream, torch.cuda.Event = _Stream, _Event  # type: ignore[misc,assignment]
     torch.cuda.current_stream = torch.cuda.default_stream = lambda *args, **kwargs: _Stream()  # type: ignore
-    torch.cuda.stream = lambda stream=None: contextlib.nullcontext()  # type: ignore[assignment]
+    torch.cuda.stream = lambda stream=None: contextlib.nullcontext()  # type: ignore
 
 
 def synchronize() -> None:
@@ -222,7 +222,7 @@ def install(without: Collection[str] = ()) -> None:
         return
     if torch.cuda.is_available():
         raise UserError(
-            "runtime.device: cpu is for machines without a GPU; to hide this machine's, start with CUDA_VISIBLE_DEVICES="
+            "runtime.device: cpu is for machines without a GPU; to hide it, start with CUDA_VISIBLE_DEVICES="
         )
     _installed = True
     for patch in BEFORE_IMPORT:

@@ -70,10 +70,11 @@ def _on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) -> Non
     distributed.start(recipe, device)
     startup.mark("process groups")
     run_dir = Path(recipe.runtime.run_dir.format(name=recipe.name))
+    notes = []
     if torch.distributed.get_rank() == 0:
         if joined:
             _ready_data(recipe)
-        open_run_dir(run_dir, recipe, dump(recipe), topology(recipe))
+        notes = open_run_dir(run_dir, recipe, dump(recipe), topology(recipe))
     torch.distributed.barrier()
-    Run(recipe, run_dir, device, startup).train()
+    Run(recipe, run_dir, device, startup, notes).train()
     distributed.stop()

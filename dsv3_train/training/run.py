@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -38,8 +38,8 @@ from dsv3_train.training.step import (
 class Run:
     """One rank's share of a training run."""
 
-    def __init__(self, recipe: Recipe, run_dir: Path, device: str, startup: Startup) -> None:
-        """Build everything; the process groups are there already. Collective.
+    def __init__(self, recipe: Recipe, run_dir: Path, device: str, startup: Startup, notes: Sequence[str] = ()) -> None:
+        """Build everything; the process groups are there already. `notes` go into the log. Collective.
 
         Raises:
             UserError: the data or the checkpoint to resume from is at fault.
@@ -56,14 +56,14 @@ class Run:
         self.trainer = assemble(recipe, device)
         self.ema = ParameterEma(self.trainer.models, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
         startup.mark("model and optimizer")
-        self.position, notes = self._resume()
+        self.position, resumed = self._resume()
         startup.mark("resume")
         self.log = (
             RunLog(run_dir, recipe, total_steps=self.schedules.total_steps, resumed_step=self.position.step)
             if self.leader
             else None
         )
-        for note in notes:
+        for note in [*notes, *resumed]:
             self._event(note)
         self.writer = CheckpointWriter(
             run_dir / "checkpoints",
@@ -92,6 +92,13 @@ class Run:
 
     def train(self, stop_after: int | None = None) -> None:
         """To the end of the recipe's duration; or until step `stop_after`, as if interrupted there."""
+        try:
+            self._train(stop_after)
+        finally:
+            if self.log:
+                self.log.close()
+
+    def _train(self, stop_after: int | None) -> None:
         interval, eval_interval = self.recipe.checkpoint.interval, self.recipe.training.eval_interval
         batches = self._read(self.train_data, self._plan(stop_after))
         plan = self._plan(stop_after)
@@ -113,11 +120,9 @@ class Run:
         if self.position.step > last_saved:
             self._save()
         self.writer.finish()
-        if self.log:
-            self.log.close()
 
     def _summary(self) -> str:
-        text = f"done: {self.position.step} steps, {self.position.consumed_tokens:,} tokens; run directory {self.run_dir}"
+        text = f"done: {self.position.step} steps, {self.position.consumed_tokens:,} tokens, in {self.run_dir}"
         entropies = [found.unigram_entropy for found in map(manifest.load, self._prefixes()) if found]
         if self.last_validation is not None and len(entropies) == 1:
             text += (

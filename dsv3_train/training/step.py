@@ -65,8 +65,9 @@ def needs_data(trainer: Trainer) -> bool:
     return any(model.pre_process or model.post_process or model.mtp_process for model in trainer.models)
 
 
-def _loss(loss_mask_bs: torch.Tensor, loss_bs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Batch]:
+def _loss(loss_mask_bs: torch.Tensor | None, loss_bs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Batch]:
     """Sum over tokens and their number (Megatron divides and averages over micro-batches), and both to report."""
+    assert loss_mask_bs is not None  # Megatron asks the last stage alone, which sees data
     loss_sum = (loss_bs.float() * loss_mask_bs).sum()
     tokens = loss_mask_bs.sum().int()
     # A copy of the sum: Megatron divides it in place.
@@ -77,9 +78,7 @@ def _forward(batches: Iterator[Batch] | None, model: torch.nn.Module):
     if batches is None:
         return model(None, None, None), partial(_loss, None)
     batch = next(batches)
-    output = model(
-        batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"]
-    )
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
     return output, partial(_loss, batch["loss_mask"])
 
 

@@ -170,7 +170,13 @@ def whole(out: Path, world_size: int, what: str) -> dict[str, torch.Tensor]:
             tensor = tensors.setdefault(key, torch.full(shape, float("nan")))
             before = tensor[place]
             known = ~before.isnan()
-            torch.testing.assert_close(before[known], values.reshape(before.shape)[known], rtol=1e-5, atol=1e-7, msg=lambda m, key=key, rank=rank: f'{key} on rank {rank}: {m}')
+            torch.testing.assert_close(
+                before[known],
+                values.reshape(before.shape)[known],
+                rtol=1e-5,
+                atol=1e-7,
+                msg=lambda m, key=key, rank=rank: f"{key} on rank {rank}: {m}",
+            )
             tensor[place] = values.reshape(before.shape)
     assert not any(tensor.isnan().any() for tensor in tensors.values())
     return tensors

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import in_processes, tiny, train, whole
 
 from dsv3_train.runtime import distributed
+from parity import in_processes, tiny, train, whole
 
 LAYOUTS = {
     "dp2": ({"world_size": 2}, {}),

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from parity import in_processes, tiny
 
 from dsv3_train.data.prepare import prepare
 from dsv3_train.recipe.schema import Prepare
 from dsv3_train.runtime import distributed
+from parity import in_processes, tiny
 
 STEPS, CUT = 40, 17
 

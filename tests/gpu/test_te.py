@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from parity import tiny, train, whole
 
 HERE = Path(__file__).parents[1] / "distributed"

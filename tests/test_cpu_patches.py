@@ -1,0 +1,122 @@
+"""What fails without each patch to Megatron-core. A patch whose case passes without it is no longer needed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Patch -> (what it serves, what the error says without it).
+CASES = {
+    "current_device": ("one", "Torch not compiled with CUDA enabled"),
+    "device_argument": ("one", "Torch not compiled with CUDA enabled"),
+    "to_cuda": ("pp2", "Torch not compiled with CUDA enabled"),
+    "streams": ("one", "torch.cuda.Stream requires CUDA support"),
+    "synchronize": ("pp2", "Torch not compiled with CUDA enabled"),
+    "random_state": ("one", "Torch not compiled with CUDA enabled"),
+    "tensor_type": ("one", "torch.cuda.FloatTensor"),
+    "have_te": ("one", "isinstance() arg 2 must be a type"),
+    "te_gemm": ("one", "te_general_gemm"),
+    "split_sizes": ("ep2", "all_to_all_single"),
+    "recompute_flag": ("recompute", "FP8GlobalStateManager"),
+    "device_random_state": ("random", "a fork moved the random state"),
+}
+
+# Run as a script of its own: a process patches Megatron once.
+SCRIPT = """
+import json, os, sys, traceback
+from pathlib import Path
+import torch
+from parity import tiny, train
+from dsv3_train.runtime import cpu
+from dsv3_train.runtime.launch import launch
+
+layouts = {
+    "one": {},
+    "ep2": {"parallel": {"world_size": 2, "expert": 2}},
+    "pp2": {"parallel": {"world_size": 2, "pipeline": 2}, "pipeline": {"layout": "Ett|ttmL"}},
+    "recompute": {"training": {"recompute": ["layernorm"]}},
+    "random": {},
+}
+out = Path(sys.argv[1])
+
+
+def attempt(without, layout):
+    recipe = tiny(**layouts[layout])
+
+    def work():
+        cpu.install(without)
+        import dsv3_train.training.assemble
+        if layout != "random":
+            return train(recipe, out, steps=1)
+        from dsv3_train.runtime import distributed
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+        distributed.start(recipe, "cpu")
+        before = torch.get_rng_state()
+        with get_cuda_rng_tracker().fork():
+            torch.rand(1)
+        assert torch.equal(torch.get_rng_state(), before), "a fork moved the random state"
+
+    launch(work, recipe.parallel.world_size, "cpu")
+
+
+results = {}
+for name, layout in [("", layout) for layout in layouts] + json.loads(sys.argv[2]):
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(write, 1)
+        os.dup2(write, 2)
+        os.close(write)
+        try:
+            attempt({name} - {""}, layout)
+            print("trained")
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        results[name or layout] = pipe.read()
+    os.waitpid(child, 0)
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory) -> dict[str, str]:
+    """What a run of one step prints without each patch, and with all of them."""
+    where = tmp_path_factory.mktemp("patches")
+    cases = json.dumps([(name, layout) for name, (layout, _) in CASES.items()])
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(where), cases],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent / "distributed",
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("layout", ["one", "ep2", "pp2", "recompute", "random"])
+def test_with_all_patches(printed, layout):
+    assert printed[layout].strip().endswith("trained"), printed[layout]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without(printed, name):
+    assert "trained" not in printed[name], f"{name} is no longer needed: take it out"
+    assert CASES[name][1] in printed[name], printed[name][-2000:]
+
+
+def test_every_patch_has_its_case():
+    from dsv3_train.runtime import cpu
+
+    patches = {patch.__name__ for patch in (*cpu.BEFORE_IMPORT, *cpu.AFTER_IMPORT)}
+    # Not shown here: `no_te` needs an installed TE, `no_compile` only costs time, and without `keep_sent_tensor` losses
+    # are wrong at times only (VPP, test_parity).
+    assert patches == set(CASES) | {"no_te", "no_compile", "keep_sent_tensor"}
