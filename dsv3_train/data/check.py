@@ -5,30 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsv3_train.data import index, manifest
+from dsv3_train.data.sets import first_valid, train_sets
 from dsv3_train.data.tokenizer import Tokenizer, tokenizer_path
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.schema import Dataset, Recipe
-
-
-def train_sets(recipe: Recipe) -> list[Dataset]:
-    """The training datasets; where the recipe names none, what it prepares.
-
-    Raises:
-        UserError: it does neither.
-    """
-    data = recipe.data
-    if data.train:
-        return data.train
-    if data.prepare:
-        return [Dataset(path=data.prepare.output)]
-    raise UserError("data.train: names no dataset; give prefixes of datasets, or data.prepare to make one")
-
-
-def first_valid(recipe: Recipe, documents: int) -> int:
-    """Where a training dataset's validation documents begin; `documents` if none are set aside."""
-    if recipe.data.valid:
-        return documents
-    return round((1 - recipe.data.valid_fraction) * documents)
 
 
 def check(recipe: Recipe) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv3_train.data import index, manifest
-from dsv3_train.data.check import check, first_valid, train_sets
+from dsv3_train.data.check import check
+from dsv3_train.data.sets import first_valid, train_sets
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.schema import Dataset, Recipe
 

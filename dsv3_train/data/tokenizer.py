@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import tokenizers
 
+from dsv3_train.data.sets import train_sets
 from dsv3_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -124,8 +125,6 @@ def tokenizer_path(recipe: Recipe) -> Path:
     Raises:
         UserError: there is no such file.
     """
-    from dsv3_train.data.check import train_sets
-
     path = Path(recipe.data.tokenizer or f"{train_sets(recipe)[0].path}.tokenizer.json")
     if not path.is_file():
         raise UserError(f"{path}: no such tokenizer; set data.tokenizer to the one that the data was made with")

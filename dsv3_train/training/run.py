@@ -15,7 +15,7 @@ from dsv3_train.checkpoint.save import CheckpointWriter
 from dsv3_train.checkpoint.state import Position, training_state
 from dsv3_train.data import batches as data_batches
 from dsv3_train.data import datasets, manifest
-from dsv3_train.data.check import train_sets
+from dsv3_train.data.sets import train_sets
 from dsv3_train.optim.ema import ParameterEma
 from dsv3_train.optim.schedules import Schedules, Values
 from dsv3_train.recipe.schema import Recipe
