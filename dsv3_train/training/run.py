@@ -203,8 +203,8 @@ class Run:
         )
         if heat_map and position.step % heat_map == 0:
             self.log.expert_load(position.step, counts_le.numpy())
-        if len(self.startup.phases) and "step 1" not in self.startup.phases:
-            self.startup.mark("step 1")
+        if len(self.startup.phases) and "first step" not in self.startup.phases:
+            self.startup.mark("first step")
             self._event(str(self.startup))
 
     def _validate(self) -> None:

@@ -22,4 +22,4 @@ class Startup:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.phases.items())
-        return f"step 1 done {sum(self.phases.values()):.1f} s after the start: {parts}"
+        return f"first step done {sum(self.phases.values()):.1f} s after the start: {parts}"

@@ -1,0 +1,76 @@
+"""Processes that `launch` starts: their environment, and one report of what goes wrong in them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dsv3_train.errors import UserError
+from dsv3_train.runtime.launch import launch
+
+
+def test_forked_ranks(tmp_path):
+    def work() -> None:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")
+        (tmp_path / os.environ["RANK"]).write_text(" ".join(os.environ[name] for name in names))
+
+    launch(work, 3, "cpu")
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == [f"{r} {r} 3 127.0.0.1" for r in range(3)]
+
+
+def test_a_fault_is_raised_once_and_ends_the_others():
+    def work() -> None:
+        if os.environ["RANK"] == "1":
+            raise UserError("file: key: fix")
+        time.sleep(60)
+
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"^file: key: fix$"):
+        launch(work, 2, "cpu")
+    assert time.monotonic() - start < 20
+
+
+def test_the_first_crash_is_shown_and_the_rest_counted(capfd):
+    def work() -> None:
+        rank = int(os.environ["RANK"])
+        time.sleep(rank * 0.5)
+        raise RuntimeError(f"reason {rank}")
+
+    with pytest.raises(SystemExit) as stop:
+        launch(work, 2, "cpu")
+    assert stop.value.code == 1
+    shown = capfd.readouterr().err
+    assert "[rank 0] RuntimeError: reason 0" in shown
+    assert "reason 1" not in shown
+    assert "ranks 1 failed after it" in shown
+
+
+def started_again(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """`launch` as on a machine with two GPUs: the command line is started once per rank."""
+    code = (
+        f"import sys; sys.argv = ['dsv3', *{list(arguments)!r}]\n"
+        "from dsv3_train.runtime.launch import launch\n"
+        "launch(lambda: None, 2, 'cuda')\n"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd)
+
+
+def test_ranks_started_again(tmp_path):
+    done = started_again("recipes", "list", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('"smoke"') == 2
+    done = started_again("recipes", "show", "smokee", cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("smokee") == 1  # both ranks met it
+
+
+def test_another_world_than_the_launcher(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(UserError, match=r"parallel\.world_size.*4.*8"):
+        launch(lambda: None, 4, "cuda")
