@@ -228,7 +228,7 @@ class Training(Section):
     eval_interval: int = Field(default=0, ge=0)
     """Steps between validations; 0: none."""
     eval_sequences: PositiveInt = 64
-    """Sequences per validation, rounded up to whole micro-batches on every data-parallel rank."""
+    """Sequences per validation, rounded up to `Recipe.batch_multiple`."""
 
 
 class Checkpoint(Section):

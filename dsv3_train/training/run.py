@@ -47,10 +47,10 @@ class Run:
         self.recipe, self.run_dir, self.device, self.startup = recipe, run_dir, device, startup
         self.schedules = Schedules(recipe)
         self.leader = torch.distributed.get_rank() == 0
-        replicas = recipe.training.micro_batch_size * parallel_state.get_data_parallel_world_size()
-        self.eval_micro_batches = -(-recipe.training.eval_sequences // replicas)
+        whole = recipe.batch_multiple
+        self.eval_sequences = -(-recipe.training.eval_sequences // whole) * whole
         self.train_data, self.valid_data = datasets.build(
-            recipe, run_dir / "cache", self.schedules.total_samples, self.eval_micro_batches * replicas
+            recipe, run_dir / "cache", self.schedules.total_samples, self.eval_sequences
         )
         startup.mark("datasets")
         self.trainer = assemble(recipe, device)
@@ -104,6 +104,8 @@ class Run:
         plan = self._plan(stop_after)
         last_saved = self.position.step
         planned = next(plan, None)
+        if planned is None:
+            self._event("nothing left to train: training.duration is reached")
         while planned is not None:
             first_sample, batch_size = planned
             planned = next(plan, None)
@@ -211,9 +213,8 @@ class Run:
         if self.valid_data is None:
             return
         gather_parameters(self.trainer)
-        count = self.eval_micro_batches
-        sequences = count * self.recipe.training.micro_batch_size * parallel_state.get_data_parallel_world_size()
-        reader = self._read(self.valid_data, iter([(0, sequences)]))
+        count = micro_batches_per_step(self.recipe, self.eval_sequences)
+        reader = self._read(self.valid_data, iter([(0, self.eval_sequences)]))
         loss = evaluate(self.trainer, list(reader) if reader else None, count)
         self.last_validation = loss
         if self.log:
