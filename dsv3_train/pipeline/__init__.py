@@ -1,0 +1,1 @@
+"""Pipeline schedules as data: one definition that is checked, simulated, drawn and executed."""

@@ -1,0 +1,98 @@
+"""What a pipeline schedule is made of: per rank, a list of computations and exchanges. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Union
+
+KINDS = ("1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipev")
+SPLITTING = ("zb1p", "zbv", "dualpipe", "dualpipev")
+"""Schedules that take the gradients of inputs (I) and of weights (W) apart."""
+
+
+class Op(NamedTuple):
+    """One computation of one stage on one micro-batch."""
+
+    kind: Literal["F", "B", "I", "W"]
+    """Forward; whole backward; its gradients of inputs alone; its gradients of weights, some time after I."""
+    direction: int
+    """1 for the micro-batches that enter the pipeline at its last rank (dualpipe), else 0."""
+    stage: int
+    """In the order of that direction: stage 0 embeds, the last one computes the loss."""
+    micro_batch: int
+    """Counted within its direction."""
+
+
+class Message(NamedTuple):
+    """A tensor on its way to the next stage of a direction: an activation (F) onward, its gradient (B) back."""
+
+    kind: Literal["F", "B"]
+    direction: int
+    stage: int
+    """The stage that made it."""
+    micro_batch: int
+
+
+class Transfer(NamedTuple):
+    """One rank's end of a message."""
+
+    sends: bool
+    peer: int
+    """Pipeline rank of the other end."""
+    message: Message
+
+
+class Compute(NamedTuple):
+    """One operation, or a forward and a whole backward, in that order, whose kernels overlap (F&B)."""
+
+    ops: tuple[Op, ...]
+
+
+class Exchange(NamedTuple):
+    """Transfers posted together, so that their order among themselves cannot block."""
+
+    transfers: tuple[Transfer, ...]
+
+
+Event = Union[Compute, Exchange]
+
+
+def chunks_of(kind: str, ranks: int, rank: int, virtual: int = 1) -> list[tuple[int, int]]:
+    """(direction, stage) of each model chunk that a pipeline rank holds, in the order of the model list.
+
+    `virtual` counts chunks per rank of the interleaved schedule; the V-shaped ones and dualpipe have two.
+    """
+    if kind == "interleaved":
+        return [(0, chunk * ranks + rank) for chunk in range(virtual)]
+    if kind in ("zbv", "dualpipev"):
+        return [(0, rank), (0, 2 * ranks - 1 - rank)]
+    if kind == "dualpipe":
+        return [(0, rank), (1, ranks - 1 - rank)]
+    return [(0, rank)]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The events of every rank for one global batch."""
+
+    kind: str
+    ranks: int
+    virtual: int
+    """Chunks per rank in the interleaved schedule; 1 otherwise."""
+    micro_batches: tuple[int, ...]
+    """Per direction."""
+    events: tuple[tuple[Event, ...], ...]
+    """Per rank, in order."""
+
+    @property
+    def stages(self) -> int:
+        """Stages of each direction."""
+        return self.ranks * {"interleaved": self.virtual, "zbv": 2, "dualpipev": 2}.get(self.kind, 1)
+
+    def chunks(self, rank: int) -> list[tuple[int, int]]:
+        """(direction, stage) of each chunk of `rank`."""
+        return chunks_of(self.kind, self.ranks, rank, self.virtual)
+
+    def rank_of(self, direction: int, stage: int) -> int:
+        """The rank that holds a stage."""
+        return next(rank for rank in range(self.ranks) if (direction, stage) in self.chunks(rank))
