@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Union
 
+from dsv3_train.recipe.layout import chunks_of, stage_count
+
 KINDS = ("1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipev")
 SPLITTING = ("zb1p", "zbv", "dualpipe", "dualpipev")
 """Schedules that take the gradients of inputs (I) and of weights (W) apart."""
@@ -57,20 +59,6 @@ class Exchange(NamedTuple):
 Event = Union[Compute, Exchange]
 
 
-def chunks_of(kind: str, ranks: int, rank: int, virtual: int = 1) -> list[tuple[int, int]]:
-    """(direction, stage) of each model chunk that a pipeline rank holds, in the order of the model list.
-
-    `virtual` counts chunks per rank of the interleaved schedule; the V-shaped ones and dualpipe have two.
-    """
-    if kind == "interleaved":
-        return [(0, chunk * ranks + rank) for chunk in range(virtual)]
-    if kind in ("zbv", "dualpipev"):
-        return [(0, rank), (0, 2 * ranks - 1 - rank)]
-    if kind == "dualpipe":
-        return [(0, rank), (1, ranks - 1 - rank)]
-    return [(0, rank)]
-
-
 @dataclass(frozen=True)
 class Schedule:
     """The events of every rank for one global batch."""
@@ -87,7 +75,7 @@ class Schedule:
     @property
     def stages(self) -> int:
         """Stages of each direction."""
-        return self.ranks * {"interleaved": self.virtual, "zbv": 2, "dualpipev": 2}.get(self.kind, 1)
+        return stage_count(self.kind, self.ranks, self.virtual)
 
     def chunks(self, rank: int) -> list[tuple[int, int]]:
         """(direction, stage) of each chunk of `rank`."""
