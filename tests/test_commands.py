@@ -129,7 +129,7 @@ def test_launcher_with_another_world(tmp_path):
 def test_torchrun_joins(trained, tmp_path):
     """Under torchrun the ranks join; the same steps, the same losses."""
     shutil.copytree(trained / "data", tmp_path / "data")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", "--master-port=0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", "--standalone"]
     command = [*torchrun, "-m", "dsv3_cli.main", "train", "smoke_parallel", *SMALL, "training.duration=4 steps"]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}

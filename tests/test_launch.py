@@ -69,6 +69,14 @@ def test_ranks_started_again(tmp_path):
     assert done.stderr.count("smokee") == 1  # both ranks met it
 
 
+def test_no_port_to_meet_at(monkeypatch):
+    """torchrun --master-port=0 gives the ranks that 0, at which they waited for one another until a time-out."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"MASTER_PORT.*--standalone"):
+        launch(lambda: None, 4, "cuda")
+
+
 def test_another_world_than_the_launcher(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")

@@ -21,9 +21,18 @@ _ERRORS = "DSV3_ERROR_DIR"
 
 
 def joined_world() -> int | None:
-    """World size when torchrun or srun started this process (and sets the torch variables), else None."""
+    """World size when torchrun or srun started this process (and sets the torch variables), else None.
+
+    Raises:
+        UserError: there is a rank, but no port on which the ranks could meet.
+    """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
+        if env.get("MASTER_PORT") == "0":
+            # torchrun hands its --master-port=0 on as it is: every rank would knock at port 0 until a time-out.
+            raise UserError(
+                "MASTER_PORT: 0 is no port to meet at; start with torchrun --standalone, or --master-port=N"
+            )
         return int(env["WORLD_SIZE"])
     # `srun` gives every task a rank; inside `salloc` or a batch script alone there is no step.
     if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
