@@ -59,6 +59,22 @@ class Exchange(NamedTuple):
 Event = Union[Compute, Exchange]
 
 
+def made(op: Op) -> Message | None:
+    """The tensor that an operation makes for a neighbour stage, on whichever rank; what W makes is nobody's input."""
+    kind, direction, stage, micro_batch = op
+    return None if kind == "W" else Message("F" if kind == "F" else "B", direction, stage, micro_batch)
+
+
+def needed(op: Op, stages: int) -> Message | None:
+    """The tensor of a neighbour stage that an operation works on; None for W and where the pipeline begins or ends."""
+    kind, direction, stage, micro_batch = op
+    if kind == "F" and stage > 0:
+        return Message("F", direction, stage - 1, micro_batch)
+    if kind in ("B", "I") and stage < stages - 1:
+        return Message("B", direction, stage + 1, micro_batch)
+    return None
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The events of every rank for one global batch."""
