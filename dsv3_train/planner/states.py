@@ -80,7 +80,7 @@ def _part(recipe: Recipe, part: str, layer: int) -> tuple[int, int]:
 def _moe_layer(recipe: Recipe) -> tuple[int, int]:
     m, p = recipe.model, recipe.parallel
     expert = 3 * m.hidden_size * m.moe_intermediate_size
-    router = m.n_routed_experts * (m.hidden_size + 1)
+    router = m.n_routed_experts * (m.hidden_size + (m.scoring_func == "sigmoid"))  # with its bias
     experts = m.n_routed_experts // p.expert * (expert // p.expert_tensor)
     return _attention(recipe) + router + m.n_shared_experts * expert // p.tensor, experts
 

@@ -66,6 +66,9 @@ def _routing(recipe: Recipe) -> Faults:
             f"{m.n_routed_experts} experts do not divide into {m.n_group} groups; "
             f"set it to {_divisors(m.n_routed_experts)}",
         )
+    elif m.scoring_func == "softmax" and m.n_group > 1:
+        # DeepSeek-V2 scores a group by its best expert; Megatron-core by a sum.
+        yield "model.n_group", f"{m.n_group} groups with scoring_func softmax; set model.n_group=1, or sigmoid"
     elif m.topk_group > m.n_group:
         yield "model.topk_group", f"{m.topk_group} of only {m.n_group} groups; set it to {m.n_group} or less"
     elif m.num_experts_per_tok > (reach := m.n_routed_experts // m.n_group * m.topk_group):

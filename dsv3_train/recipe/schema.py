@@ -52,6 +52,9 @@ class Model(Section):
     """Groups of experts; a token's experts come from `topk_group` of them."""
     topk_group: PositiveInt
     routed_scaling_factor: float = 2.5
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Of the router: `sigmoid`, selected scores normalised and the choice biased (DeepSeek-V3); or `softmax` over all
+    experts without either (DeepSeek-V2-Lite), which converts and generates but does not train here."""
     q_lora_rank: Union[PositiveInt, None]
     """Width of the query latent; null: no query compression (as DeepSeek-V2-Lite)."""
     kv_lora_rank: PositiveInt
