@@ -10,11 +10,11 @@ import yaml
 from pydantic import ValidationError
 
 from dsv3_train.recipe import checks, compose
-from dsv3_train.recipe.faults import Fault, refuse
+from dsv3_train.recipe.faults import Fault, Place, refuse
 from dsv3_train.recipe.messages import faults_of
 from dsv3_train.recipe.overrides import apply, prefer_text
 from dsv3_train.recipe.schema import Recipe, Schedule
-from dsv3_train.recipe.yaml_source import FLOAT, INT
+from dsv3_train.recipe.yaml_source import FLOAT, INT, Node
 
 
 def load(ref: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -24,7 +24,27 @@ def load(ref: str, overrides: Sequence[str] = ()) -> Recipe:
         UserError: one line per fault, all that could be found at once: `FILE:LINE: key: what is wrong; the fix`.
     """
     faults: list[Fault] = []
-    root = compose.read(ref, faults)
+    return _checked(compose.read(ref, faults), overrides, faults)
+
+
+def build(plain: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of plain values, which `source` (a file's name) gave, with `a.b=c` overrides on top.
+
+    Raises:
+        UserError: as `load`, at `source`.
+    """
+    return _checked(_nodes(plain, Place(source)), overrides, [])
+
+
+def _nodes(plain: Any, place: Place) -> Node:
+    if isinstance(plain, dict):
+        return Node({key: _nodes(value, place) for key, value in plain.items()}, place)
+    if isinstance(plain, list):
+        return Node([_nodes(value, place) for value in plain], place)
+    return Node(plain, place)
+
+
+def _checked(root: Node, overrides: Sequence[str], faults: list[Fault]) -> Recipe:
     for override in overrides:
         apply(root, override, faults)
     prefer_text(root)

@@ -1,0 +1,152 @@
+"""Safetensors files: where each tensor lies, reading part of one, and writing a file tensor by tensor.
+
+The format is read here rather than through the library because a tensor is mapped into memory on its own and let
+go at once: mapped as a whole, a file's pages stay with the process, and what a conversion needs cannot be stated.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv3_train.errors import UserError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The format's names of types. Anything else in a file is refused."""
+_LARGEST_HEADER = 100_000_000  # bytes; the library's own bound
+_ORDER = ("F32", "BF16", "F8_E4M3")
+"""The library's order within a file: wider types first, then by name."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file."""
+
+    file: str
+    dtype: str
+    """As in the file: `BF16`, `F8_E4M3`, ..."""
+    shape: tuple[int, ...]
+    begin: int
+    """Byte of the file at which it begins."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return prod(self.shape) * itemsize(self.dtype)
+
+    def read(self, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """Rows `first` to `last` (of a vector: values), mapped from the file; the pages go with the tensor."""
+        last = self.shape[0] if last is None else last
+        row = prod(self.shape[1:]) * itemsize(self.dtype)
+        begin, length = self.begin + first * row, (last - first) * row
+        shape = (last - first, *self.shape[1:])
+        if length == 0:
+            return torch.empty(shape, dtype=DTYPES[self.dtype])
+        skip = begin % mmap.ALLOCATIONGRANULARITY
+        with open(self.file, "rb") as file:
+            # A private mapping: torch warns of memory that it must not write to, and nothing here does.
+            mapped = mmap.mmap(file.fileno(), length + skip, offset=begin - skip, access=mmap.ACCESS_COPY)
+        if hasattr(mmap, "MADV_SEQUENTIAL"):
+            mapped.madvise(mmap.MADV_SEQUENTIAL)
+        return torch.frombuffer(mapped, dtype=DTYPES[self.dtype], count=prod(shape), offset=skip).view(shape)
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one value."""
+    return DTYPES[dtype].itemsize
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Every tensor of a file, after a check that all of it is there.
+
+    Raises:
+        UserError: cut short, or no safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(_LARGEST_HEADER, size - 8):
+            raise UserError(f"{path}: no safetensors file, or cut short in its header; fetch it again")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        tensors = {name: _stored(path, name, entry, 8 + length) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: its header is no safetensors header ({error}); fetch it again") from None
+    end = 8 + length
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].begin):
+        if tensor.begin != end:
+            raise UserError(f"{path}: {name} begins at byte {tensor.begin}, not {end}, where the one before ends")
+        end += tensor.nbytes
+    if end != size:
+        what = "cut short" if size < end else "longer than its header says"
+        raise UserError(f"{path}: {what}: {size:,} bytes, and its header speaks of {end:,}; fetch it again")
+    return tensors
+
+
+def _stored(path: Path, name: str, entry: Any, start: int) -> Stored:
+    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} has the unknown type {dtype}")
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError(f"{name} has no possible shape or place")
+    stored = Stored(str(path), dtype, shape, start + begin)
+    if stored.nbytes != end - begin:
+        raise ValueError(f"{name} takes {end - begin} bytes, but {dtype} {list(shape)} is {stored.nbytes}")
+    return stored
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A file to be written: its header, and where each tensor goes."""
+
+    header: bytes
+    tensors: dict[str, Stored]
+    size: int
+
+
+def layout(path: Path, contents: Mapping[str, tuple[str, tuple[int, ...]]]) -> Layout:
+    """The file that the safetensors library would write of `contents` (name -> type, shape), byte for byte."""
+    names = sorted(contents, key=lambda name: (_ORDER.index(contents[name][0]), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name in names:
+        dtype, shape = contents[name]
+        end = begin + prod(shape) * itemsize(dtype)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    tensors = {name: Stored(str(path), *contents[name], start + header[name]["data_offsets"][0]) for name in names}
+    return Layout(len(text).to_bytes(8, "little") + text, tensors, start + begin)
+
+
+def write_at(descriptor: int, tensor: torch.Tensor, position: int) -> None:
+    """A contiguous tensor's bytes at a byte of an open file."""
+    data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    while data:
+        written = os.pwrite(descriptor, data[: 1 << 30], position)
+        data, position = data[written:], position + written
