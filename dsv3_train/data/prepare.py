@@ -8,12 +8,10 @@ import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import tokenizers
@@ -28,8 +26,9 @@ from dsv3_train.data.shard import Part, Shard, Work
 from dsv3_train.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer, train
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.schema import Prepare
+from dsv3_train.runtime.workers import each
+from dsv3_train.runtime.workers import pool as workers_pool
 
-_T = TypeVar("_T")
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total), the latter two in bytes."""
 
@@ -86,7 +85,7 @@ def _prepare(settings: Prepare, progress: Progress, text_key: str, workers: int)
             f"set at least {SMALLEST_VOCABULARY}"
         )
     files = find(settings.inputs)
-    with _parts_directory(prefix) as parts, _pool(workers) as pool:
+    with _parts_directory(prefix) as parts, workers_pool(workers) as pool:
         hashes = _hash(files, pool, progress)
         tokenizer, trained_on = _tokenizer(parts, settings, given, files, hashes, text_key, progress)
         work = Work(
@@ -189,38 +188,13 @@ def _parts_directory(prefix: str) -> Iterator[Path]:
         shutil.rmtree(parts)
 
 
-@contextlib.contextmanager
-def _pool(workers: int) -> Iterator[Executor | None]:
-    """Worker processes, started fresh so that they hold none of this one's memory; None: work in this one."""
-    if workers == 1:
-        yield None
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=shard.start_worker) as pool:
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _map(pool: Executor | None, function: Callable[..., _T], tasks: Iterable[tuple]) -> Iterator[tuple[int, _T]]:
-    """(task number, result) as they finish."""
-    if pool is None:
-        for number, task in enumerate(tasks):
-            yield number, function(*task)
-        return
-    futures: dict[Future, int] = {pool.submit(function, *task): number for number, task in enumerate(tasks)}
-    for future in as_completed(futures):
-        yield futures[future], future.result()
-
-
 def _hash(files: list[InputFile], pool: Executor | None, progress: Progress) -> dict[str, str]:
     """sha256 of each file by path."""
     hashes: dict[str, str] = {}
     done, total = 0, sum(file.size for file in files)
     # Many small files make one task: handing a file over costs more than hashing it.
     groups = [files[i : i + 64] for i in range(0, len(files), 64)]
-    for number, result in _map(pool, hash_files, [([file.path for file in group],) for group in groups]):
+    for number, result in each(pool, hash_files, [([file.path for file in group],) for group in groups]):
         hashes.update(zip((file.path for file in groups[number]), result, strict=True))
         done += sum(file.size for file in groups[number])
         progress("hashing", done, total)
@@ -298,7 +272,7 @@ def _tokenise(shards: list[Shard], work: Work, pool: Executor | None, progress: 
     total = sum(one.size for one in shards)
     done = total - sum(shards[number].size for number in missing)
     progress("tokenising", done, total)
-    for number, result in _map(pool, shard.tokenise, [(shards[number], work) for number in missing]):
+    for number, result in each(pool, shard.tokenise, [(shards[number], work) for number in missing]):
         results[missing[number]] = result
         done += shards[missing[number]].size
         progress("tokenising", done, total)

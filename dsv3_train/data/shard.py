@@ -5,10 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -106,20 +103,6 @@ def finished(shard: Shard, work: Work) -> Part | None:
     except (OSError, ValueError, TypeError):
         return None
     return part if part.key == shard.key and size == part.tokens * np.dtype(work.dtype).itemsize else None
-
-
-def start_worker() -> None:
-    """Make this worker process single-threaded, leave Ctrl-C to the process that started it, and end with that one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-    def follow_parent() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
 
 
 def tokenise(shard: Shard, work: Work) -> Part:
