@@ -66,7 +66,7 @@ def resumed(tmp_path):
         first.step(record(step))
         if step in (2, 4):
             first.validation(step, 512 * step, 5.0)
-    first._metrics.write('{"kind": "step", "st')
+    first._metrics.add('{"kind": "step", "st')
     first._metrics.close()
     first._board.close()
     first._progress.stop()

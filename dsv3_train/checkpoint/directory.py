@@ -11,6 +11,7 @@ from dsv3_train.errors import UserError
 
 _STEP = re.compile(r"step_(\d{8,})")
 UNFINISHED = ".unfinished"
+DAMAGED = ".damaged"
 
 
 def step_path(root: Path, step: int) -> Path:
@@ -40,12 +41,31 @@ def resolve(path: Path) -> Path:
     raise UserError(f"{path}: no checkpoint here; give a run directory, or one of its checkpoints/step_*")
 
 
+def set_aside(path: Path) -> None:
+    """Rename a checkpoint that must not be resumed from; the space is its owner's to free."""
+    aside = path.with_name(path.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+
+
+def discard_after(root: Path, step: int) -> None:
+    """Delete the checkpoints of later steps: the run went back to before them."""
+    for path in complete(root):
+        if int(path.name.split("_")[1]) > step:
+            _delete(path)
+
+
 def prune(root: Path, keep_last: int) -> None:
     """Delete all but the newest `keep_last` checkpoints."""
     for path in complete(root)[:-keep_last]:
-        doomed = path.with_name(path.name + UNFINISHED)  # renamed first: half a checkpoint is never taken for one
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    doomed = path.with_name(path.name + UNFINISHED)  # renamed first: half a checkpoint is never taken for one
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 _CHECKPOINT = "torch.distributed.checkpoint"

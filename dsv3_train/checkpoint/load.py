@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -14,8 +16,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dsv3_train.checkpoint.directory import check_safe
+from dsv3_train.checkpoint import checksums
+from dsv3_train.checkpoint.directory import check_safe, complete, set_aside
 from dsv3_train.checkpoint.state import (
+    Guarded,
     Position,
     model_state,
     set_model_state,
@@ -28,12 +32,61 @@ from dsv3_train.optim.ema import ParameterEma
 from dsv3_train.recipe.schema import Recipe
 
 
+def newest(
+    root: Path, verify: bool, usable: Callable[[dict[str, Any]], str | None], told: Callable[[str], None]
+) -> Path | None:
+    """The newest checkpoint under `root` that is whole and usable; None: there is none at all. Collective.
+
+    A damaged one is named and set aside, and the one before it looked at; one that is not usable stays for the saves
+    to come to replace.
+
+    Args:
+        verify: read all files for their checksums, divided among the ranks; false: only look whether they are there.
+        usable: why not to go on from a checkpoint whose small state this is; None if nothing is against it.
+        told: takes each line about a checkpoint that was passed over; on rank 0 it may go into the log.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    listed: list[Any] = [complete(root)[::-1] if rank == 0 else None]
+    torch.distributed.broadcast_object_list(listed)
+    faults = []
+    for path in listed[0]:
+        fault = checksums.fault(path, (rank, world)) if verify else None
+        if rank == 0 and fault is None:
+            try:
+                reason = usable(_common(path))
+            except UserError as error:
+                fault, reason = str(error), None
+        found: list[Any] = [None] * world
+        torch.distributed.all_gather_object(found, (fault, reason if rank == 0 and fault is None else None))
+        fault, reason = next((fault for fault, _ in found if fault), None), found[0][1]
+        if fault is None and reason is None:
+            return path
+        if fault is None:
+            told(f"not resumed from {path.name}: {reason}")
+            continue
+        faults.append(f"{path}: damaged ({fault})")
+        told(f"{faults[-1]}; set aside as {path.name}.damaged")
+        if rank == 0:
+            set_aside(path)
+    if faults:
+        raise UserError(
+            f"{faults[0]}, and so is every other checkpoint there; nothing to go on from: remove {root} to train anew"
+        )
+    return None
+
+
 def load_training(
     path: Path, recipe: Recipe, chunks: list[GPTModel], optimizer: MegatronOptimizer, ema: ParameterEma | None
-) -> tuple[Position, list[str]]:
-    """Put a checkpoint into model, optimizer and average; returns the position and what was not restored, in words.
+) -> tuple[Position, Guarded, list[str]]:
+    """Put a checkpoint into model, optimizer and average.
 
     The layout may be another than the one that saved. Collective.
+
+    Returns:
+        the position, what the guard against bad batches knew, and what was not restored, in words.
 
     Raises:
         UserError: not a checkpoint, damaged, or of another model.
@@ -41,7 +94,9 @@ def load_training(
     common = _common(path)
     notes = []
     same_layout = common["topology"] == topology(recipe)
-    state = training_state(recipe, Position(), chunks, optimizer, ema, loading=True, with_random_state=same_layout)
+    state = training_state(
+        recipe, Position(), Guarded(), chunks, optimizer, ema, loading=True, with_random_state=same_layout
+    )
     saved = dist_checkpointing.load_tensors_metadata(str(path))
     if ema is not None and not any(key.startswith("ema.") for key in saved):
         del state["ema"]
@@ -53,7 +108,7 @@ def load_training(
         ema.load_state_dict(loaded["ema"])
     if same_layout:
         set_random_state(loaded["random"])
-    return Position(**loaded["position"]), notes
+    return Position(**loaded["position"]), Guarded(**loaded.get("guarded", {})), notes
 
 
 def load_weights(path: Path, chunks: list[GPTModel]) -> Position:
@@ -62,6 +117,9 @@ def load_weights(path: Path, chunks: list[GPTModel]) -> Position:
     Raises:
         UserError: not a checkpoint, damaged, or of another model.
     """
+    fault = checksums.fault(path, (torch.distributed.get_rank(), torch.distributed.get_world_size()))
+    if fault:
+        raise UserError(f"{path}: the checkpoint is damaged ({fault}); give another")
     common = _common(path)
     loaded = _load(path, dict(model_state(chunks)), dist_checkpointing.load_tensors_metadata(str(path)))
     set_model_state(chunks, loaded)

@@ -1,19 +1,69 @@
-"""Writing checkpoints: whole or not at all, while training goes on."""
+"""Writing checkpoints: whole or not at all, while training goes on, which no failure to write ends."""
 
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
+import platform
+import queue
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from dsv3_train.checkpoint import checksums
 from dsv3_train.checkpoint.directory import UNFINISHED, prune, step_path
+from dsv3_train.runtime.launch import die_with_parent
 
 logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
+
+_FORMAT = ("torch_dist", 1)
+
+
+class _Plan(TorchDistSaveShardedStrategy):
+    """Megatron's plan of a save alone: who writes what, and the table of contents.
+
+    Its own way of carrying plans out ends a run, or leaves it waiting, when rank 0 alone cannot write (`common.pt`,
+    `.metadata`) or a writing process is killed; and starts a manager process per rank that outlives it.
+    """
+
+    def _get_save_and_finalize_callbacks(self, writer, save_state_dict_ret):  # type: ignore[override]
+        _, contents, _ = save_state_dict_ret
+        return writer, contents
+
+
+@dataclass
+class _Written:
+    """What a writer tells its rank."""
+
+    results: list[Any]
+    """torch's records of where each tensor lies, for the table of contents."""
+    sums: checksums.Sums
+    error: str | None = None
+
+
+@dataclass
+class _Save:
+    """A save under way, on one rank."""
+
+    step: int
+    unfinished: Path
+    writer: FileSystemWriterAsync
+    contents: Any
+    """torch's `Metadata`; on rank 0."""
+    process: multiprocessing.Process | None = None
+    pipe: Connection | None = None
+    written: _Written | None = None
 
 
 class CheckpointWriter:
@@ -22,47 +72,176 @@ class CheckpointWriter:
     A checkpoint is written under another name and renamed when every rank is done, so that a run never
     finds half of one. Asynchronous saving forks one writer per rank, from memory as it is at the call;
     `poll` must be called on all ranks now and then (the loop does, every step), `finish` at the end.
+    What cannot be written, on whichever rank, is told to `failed`, removed, and older checkpoints stay.
     """
 
-    def __init__(self, root: Path, keep_last: int, asynchronous: bool, saved: Callable[[Path], None]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        keep_last: int,
+        asynchronous: bool,
+        saved: Callable[[Path], None],
+        failed: Callable[[int, str], None],
+    ) -> None:
         self.root = root
         self.keep_last = keep_last
         self.asynchronous = asynchronous
         self._saved = saved  # told on rank 0 when a checkpoint is whole
-        self._queue = AsyncCallsQueue()
-        self._leader = torch.distributed.get_rank() == 0
+        self._failed = failed  # told on every rank the step and the reason
+        self._save: _Save | None = None
+        self._rank = torch.distributed.get_rank()
+        # Megatron would start a manager process for this queue, which a killed rank leaves behind for good
+        # (filesystem_async._get_write_results_queue); our results come through a pipe of our own.
+        filesystem_async._results_queue = queue.Queue()
 
-    def save(self, state: dict, step: int) -> Path:
-        """Begin to save `state` as the checkpoint of `step`; returns where it will lie. Collective."""
+    def save(self, state: dict, step: int) -> None:
+        """Begin to save `state` as the checkpoint of `step`. Collective."""
         self.finish()  # one at a time: a second would only compete for the disk
-        final = step_path(self.root, step)
-        unfinished = final.with_name(final.name + UNFINISHED)
-        if self._leader:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-        torch.distributed.barrier()
-        request = dist_checkpointing.save(state, str(unfinished), async_sharded_save=self.asynchronous)
-        if request is None:
-            self._finalize(unfinished, final)
+        unfinished = step_path(self.root, step).with_name(step_path(self.root, step).name + UNFINISHED)
+        error = None
+        if self._rank == 0:
+            try:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir(parents=True)
+            except OSError as reason:
+                error = _in_words(reason)
+        if self._any_failed(step, error):
+            return
+        sharded, common = save_preprocess(state)
+        writer, contents = _Plan(*_FORMAT, thread_count=1).async_save(sharded, unfinished)  # type: ignore[misc]
+        # From here on nothing depends on the state: on a GPU, copies; on a CPU, the fork's own memory.
+        buckets = FileSystemWriterAsync.preload_tensors(writer.write_buckets) if writer.write_buckets else []
+        self._save = _Save(step, unfinished, writer, contents)
+        to_write = (unfinished, writer.transforms, buckets, common if self._rank == 0 else None)
+        if self.asynchronous:
+            ours, theirs = multiprocessing.Pipe(duplex=False)
+            context = multiprocessing.get_context("fork")
+            process = context.Process(target=_write_for_parent, args=(theirs, os.getpid(), *to_write), daemon=True)
+            process.start()
+            theirs.close()
+            self._save.process, self._save.pipe = process, ours  # type: ignore[assignment]
         else:
-            request.add_finalize_fn(lambda: self._finalize(unfinished, final))
-            self._queue.schedule_async_request(request)
-        return final
-
-    def _finalize(self, unfinished: Path, final: Path) -> None:
-        if self._leader:
-            if final.exists():  # the same step again, after a resume from an earlier one
-                shutil.rmtree(final)
-            unfinished.rename(final)
-            prune(self.root, self.keep_last)
-            self._saved(final)
-        torch.distributed.barrier()
+            self._save.written = _write(*to_write)
+            self._complete()
 
     def poll(self) -> None:
         """Complete a save whose writers are done on all ranks. Collective while one is under way."""
-        if self._queue.get_num_unfinalized_calls():
-            self._queue.maybe_finalize_async_calls(blocking=False)
+        if self._save is None:
+            return
+        self._receive(0)
+        waiting = torch.tensor([self._save.written is None], dtype=torch.int32, device=torch.cuda.current_device())
+        torch.distributed.all_reduce(waiting)
+        if not waiting.item():
+            self._complete()
 
     def finish(self) -> None:
         """Wait for the save under way, if any. Collective."""
-        self._queue.maybe_finalize_async_calls(blocking=True)
+        if self._save is not None:
+            self._receive(None)
+            self._complete()
+
+    def _receive(self, seconds: float | None) -> None:
+        """Take what this rank's writer has to tell, if it is done within so many seconds."""
+        save = self._save
+        assert save is not None
+        if save.written is not None or save.pipe is None or save.process is None:
+            return
+        if not save.pipe.poll(seconds):
+            return
+        try:
+            save.written = save.pipe.recv()
+        except EOFError:
+            save.process.join()
+            save.written = _Written([], {}, f"its writer ended with exit code {save.process.exitcode}")
+        save.process.join()
+        save.pipe.close()
+
+    def _complete(self) -> None:
+        """All ranks have written or failed: put the table of contents beside it and give it its name. Collective."""
+        save, self._save = self._save, None
+        assert save is not None
+        assert save.written is not None
+        if self._any_failed(save.step, save.written.error, save.unfinished):
+            return
+        ranks = torch.distributed.get_world_size()
+        everyone: list[Any] | None = [None] * ranks if self._rank == 0 else None
+        torch.distributed.gather_object((save.written.results, save.written.sums), everyone)
+        error, final = None, step_path(self.root, save.step)
+        if everyone is not None:
+            try:
+                _close(save, everyone)
+                if final.exists():  # the same step again, after a resume from an earlier one
+                    shutil.rmtree(final)
+                save.unfinished.rename(final)
+            except OSError as reason:
+                error = _in_words(reason)
+        if self._any_failed(save.step, error, save.unfinished) or self._rank:
+            return
+        try:
+            prune(self.root, self.keep_last)
+        except OSError as reason:
+            self._failed(save.step, f"it is saved, but older ones cannot be removed: {_in_words(reason)}")
+        self._saved(final)
+
+    def _any_failed(self, step: int, error: str | None, unfinished: Path | None = None) -> bool:
+        """Whether any rank met an error: then all know, rank 0 removes what is there, and training goes on."""
+        failed = torch.tensor([error is not None], dtype=torch.int32, device=torch.cuda.current_device())
+        torch.distributed.all_reduce(failed)
+        if not failed.item():
+            return False
+        errors: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(errors, error and f"{error} on {platform.node()}")
+        rank, reason = next((rank, text) for rank, text in enumerate(errors) if text)
+        if unfinished is not None and self._rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self._failed(step, f"rank {rank}: {reason}")
+        return True
+
+
+def _write(directory: Path, transforms: Any, buckets: list, common: dict | None) -> _Written:
+    """Write one rank's share of a checkpoint, and read it back for its checksums. Never raises for what a disk does."""
+    written = _Written([], {})
+    try:
+        files = []
+        for index, bucket in enumerate(buckets):
+            results: queue.Queue = queue.Queue()
+            counted: queue.Queue = queue.Queue()
+            counted.put(index)
+            FileSystemWriterAsync.write_preloaded_data([transforms], index, bucket, results, counted, use_fsync=True)
+            _, outcome = results.get_nowait()
+            if isinstance(outcome, Exception):
+                raise outcome
+            written.results += outcome
+            files.append(Path(bucket[0]))
+        if common is not None:
+            path = directory / "common.pt"
+            with path.open("wb") as stream:
+                torch.save(common, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            files.append(path)
+        written.sums = checksums.sums(files)
+    except Exception as error:  # torch turns what the disk says into errors of several kinds
+        written.error = _in_words(error)
+    return written
+
+
+def _write_for_parent(pipe: Connection, parent: int, *to_write: Any) -> None:
+    """In the forked writer."""
+    die_with_parent(parent)
+    pipe.send(_write(*to_write))
+    pipe.close()
+
+
+def _close(save: _Save, everyone: list[tuple[list, checksums.Sums]]) -> None:
+    """Table of contents, format and checksums; on rank 0, before the rename."""
+    save.writer.finish(save.contents, [results for results, _ in everyone])
+    save_config(CheckpointingConfig(*_FORMAT), str(save.unfinished))
+    known = {name: entry for _, sums in everyone for name, entry in sums.items()}
+    known |= checksums.sums([save.unfinished / ".metadata", save.unfinished / "metadata.json"])
+    checksums.write(save.unfinished, known)
+
+
+def _in_words(error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    return reason if isinstance(error, OSError) else f"{type(error).__name__}: {reason}"

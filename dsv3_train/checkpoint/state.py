@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,16 @@ class Position:
     step: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
+
+
+@dataclass
+class Guarded:
+    """What a run knows of bad batches (training/skips.py, training/spikes.py)."""
+
+    losses: list[float] = field(default_factory=list)
+    """Of the last steps, oldest first: what a spike is measured against."""
+    skipped: list[list[int]] = field(default_factory=list)
+    """(first, last) sample of what was passed over on the way to here."""
 
 
 def topology(recipe: Recipe) -> dict[str, Any]:
@@ -66,6 +76,7 @@ def set_model_state(chunks: list[GPTModel], loaded: dict[str, dict]) -> None:
 def training_state(
     recipe: Recipe,
     position: Position,
+    guarded: Guarded,
     chunks: list[GPTModel],
     optimizer: MegatronOptimizer,
     ema: ParameterEma | None,
@@ -79,6 +90,7 @@ def training_state(
         **models,
         "optimizer": optimizer.sharded_state_dict(models, is_loading=loading, metadata=sharding_metadata()),
         "position": asdict(position),
+        "guarded": asdict(guarded),
         "topology": topology(recipe),
     }
     if ema is not None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from dsv3_train.runtime.signals import ignore_in_worker
+
 KEYS = ("tokens", "labels", "position_ids", "loss_mask")
 
 
@@ -54,6 +56,7 @@ def micro_batches(
         num_workers=workers,
         collate_fn=_stack,
         pin_memory=pin_memory,
+        worker_init_fn=ignore_in_worker,
         # Its own, for the loader would draw a seed from the run's random numbers.
         generator=torch.Generator(),
     )

@@ -274,6 +274,19 @@ def _cpu(recipe: Recipe) -> Faults:
         yield "parallel.dispatcher", "deepep needs GPUs; set parallel.dispatcher=alltoall, or runtime.device=cuda"
 
 
+def _faults(recipe: Recipe) -> Faults:
+    faults = recipe.faults
+    for index, text in enumerate(faults.skip_samples):
+        first, last = map(int, text.split("-"))
+        if last < first:
+            yield f"faults.skip_samples.{index}", f"{text} ends before it begins; write {last}-{first}"
+    if faults.rerun_interval and recipe.runtime.device == "cuda" and not recipe.runtime.deterministic:
+        yield (
+            "faults.rerun_interval",
+            "needs runtime.deterministic=true on GPUs, where the same step gives other bits otherwise; set that, or 0",
+        )
+
+
 _CHECKS = (
     _world,
     _experts,
@@ -288,6 +301,7 @@ _CHECKS = (
     _data,
     _recompute,
     _cpu,
+    _faults,
 )
 
 

@@ -1,9 +1,15 @@
-"""Starting the processes of a run: join torchrun or SLURM, or start them on this machine."""
+"""Starting the processes of a run: join torchrun or SLURM, or start them on this machine, and again after a fault.
+
+Not torch elastic: it starts every rank as a new interpreter (7 s of imports each on a CPU, at every restart), and does
+not know which failures got a run no further; forking from one process that has imported all takes 0.1 s.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing.util
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -12,12 +18,33 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from dsv3_train.errors import UserError
+from dsv3_train.runtime import heartbeat, incidents
+from dsv3_train.runtime.exits import FINAL, PREEMPTED
 
 _GRACE_SECONDS = 5.0
+"""For the other ranks to say why they fail too, once one is gone."""
 _ERRORS = "DSV3_ERROR_DIR"
+ATTEMPT = "DSV3_ATTEMPT"
+"""Environment variable of a rank: how often the run was started again before."""
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """When a run on this machine is started again after a fault."""
+
+    limit: int
+    """Failures in a row, without progress between them, after which it is not."""
+    run_dir: Path
+    """Where the ranks' heartbeats are, and where incidents are recorded."""
+    progress: Callable[[], Any]
+    """Something that changes as the run gets on: its newest checkpoint."""
 
 
 def joined_world() -> int | None:
@@ -36,26 +63,30 @@ def joined_world() -> int | None:
         return int(env["WORLD_SIZE"])
     # `srun` gives every task a rank; inside `salloc` or a batch script alone there is no step.
     if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        hosts = subprocess.run(
-            ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True
-        )
-        env.setdefault("MASTER_ADDR", hosts.stdout.split()[0])
+        if "MASTER_ADDR" not in env:
+            hosts = subprocess.run(
+                ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True
+            )
+            env["MASTER_ADDR"] = hosts.stdout.split()[0]
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
         env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_NTASKS"])
         return int(env["WORLD_SIZE"])
     return None
 
 
-def launch(work: Callable[[], None], world_size: int, device: str) -> None:
+def launch(work: Callable[[], None], world_size: int, device: str, restarts: Restarts | None = None) -> None:
     """Run `work` in `world_size` processes and wait for all of them.
 
     In each, RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set as torchrun sets them. On a CPU the
     processes are forked, so that torch and Megatron are imported once; for GPUs the command line is started again,
-    once per GPU.
+    once per GPU. TERM and USR1 are passed on to them.
+
+    Args:
+        restarts: start all of them again when one dies or hangs; None: never. (Under torchrun or srun, those decide.)
 
     Raises:
         UserError: the launcher that started us has another number of processes; or `work` raised it in a process.
-        SystemExit: a process failed otherwise; its traceback is on stderr.
+        SystemExit: a process failed otherwise; its traceback, or how it died, is on stderr.
     """
     joined = joined_world()
     if joined is not None:
@@ -65,45 +96,100 @@ def launch(work: Callable[[], None], world_size: int, device: str) -> None:
                 f"start {world_size}, or set parallel.world_size={joined}"
             )
         work()
-    elif world_size == 1:
+    elif world_size == 1 and restarts is None:
         os.environ.update(_rank_environment(0, 1, _free_port()))
         work()
     else:
-        with tempfile.TemporaryDirectory(prefix="dsv3-") as errors:
-            os.environ[_ERRORS] = errors
-            start = _fork if device == "cpu" else _respawn
-            code = _wait(start(work, world_size))
-            del os.environ[_ERRORS]
-            _raise_first(Path(errors))
-        if code:
-            raise SystemExit(code)
+        _keep_running(work, world_size, device, restarts)
 
 
 def report_to_parent(error: BaseException) -> bool:
     """In a process that `launch` started: leave what went wrong to the parent. False anywhere else."""
-    if _ERRORS not in os.environ:
-        return False
     fault = isinstance(error, UserError)
     text = str(error) if fault else "".join(traceback.format_exception(error))
-    name = f"{os.environ['RANK']}.{'fault' if fault else 'crash'}"
-    Path(os.environ[_ERRORS], name).write_text(text, encoding="utf-8")
+    return leave_report("fault" if fault else "crash", text)
+
+
+def leave_report(kind: str, text: str) -> bool:
+    """Leave a `fault`, `hang` or `crash` for the process that started this one. False if `launch` did not."""
+    if _ERRORS not in os.environ:
+        return False
+    path = Path(os.environ[_ERRORS], f"{os.environ['RANK']}.{kind}")
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.rename(path)
     return True
 
 
-def _raise_first(errors: Path) -> None:
-    """Say once what many ranks met: a fault of the input, else the crash that came first.
+def _keep_running(work: Callable[[], None], world_size: int, device: str, restarts: Restarts | None) -> None:
+    attempt = failures = 0
+    before = restarts.progress() if restarts else None
+    with _Children() as children, tempfile.TemporaryDirectory(prefix="dsv3-") as errors:
+        while True:
+            os.environ.update({_ERRORS: errors, ATTEMPT: str(attempt)})
+            try:
+                code, first = children.run(_fork if device == "cpu" else _respawn, work, world_size)
+            finally:
+                del os.environ[_ERRORS], os.environ[ATTEMPT]
+            faults = _reports(Path(errors), "fault")
+            if faults:
+                raise UserError(faults[0][1])
+            if code == 0:
+                return
+            if code == PREEMPTED:
+                raise SystemExit(code)
+            _say_what_happened(Path(errors), first, restarts)
+            if restarts is None or code in FINAL or children.stopping:
+                raise SystemExit(code)
+            now = restarts.progress()
+            failures = 1 if now != before else failures + 1
+            before, attempt = now, attempt + 1
+            if failures > restarts.limit:
+                print(f"{failures} failures in a row without a new checkpoint: not started again", file=sys.stderr)
+                raise SystemExit(code)
+            print(f"starting again ({failures} of {restarts.limit} without a new checkpoint)", file=sys.stderr)
+            for left in Path(errors).iterdir():
+                left.unlink()
 
-    The other ranks' errors follow from it: a peer that is gone.
-    """
-    faults = sorted(errors.glob("*.fault"), key=lambda file: int(file.stem))
-    if faults:
-        raise UserError(faults[0].read_text(encoding="utf-8"))
-    crashes = sorted(errors.glob("*.crash"), key=lambda file: file.stat().st_mtime_ns)
-    if crashes:
-        text = crashes[0].read_text(encoding="utf-8")
-        print("\n".join(f"[rank {crashes[0].stem}] {line}" for line in text.splitlines()), file=sys.stderr)
+
+@dataclass(frozen=True)
+class _End:
+    """How a rank's process ended."""
+
+    rank: int
+    code: int
+    """Exit code; -N: killed by signal N."""
+
+
+def _reports(errors: Path, kind: str) -> list[tuple[int, str]]:
+    """(rank, text) of the reports of a kind, the first one first."""
+    found = sorted(errors.glob(f"*.{kind}"), key=lambda file: file.stat().st_mtime_ns)
+    return [(int(file.stem), file.read_text(encoding="utf-8")) for file in found]
+
+
+def _say_what_happened(errors: Path, first: _End, restarts: Restarts | None) -> None:
+    """Say once what many ranks met. The other ranks' errors follow from the first: a peer that is gone."""
+    crashes, hangs = _reports(errors, "crash"), _reports(errors, "hang")
+    last = heartbeat.read(restarts.run_dir / "heartbeats" / str(first.rank)) if restarts else None
+    at = f"; last seen: {last}" if last else ""
+    if hangs:
+        print(hangs[0][1], file=sys.stderr)
+    elif first.code < 0:
+        text = f"rank {first.rank} was ended by {signal.Signals(-first.code).name} on {platform.node()}{at}"
+        print(text, file=sys.stderr)
+        if restarts:
+            incidents.record(restarts.run_dir, "death", text=text, rank=first.rank, step=last.step if last else None)
+    elif crashes:
+        rank, trace = crashes[0]
+        print("\n".join(f"[rank {rank}] {line}" for line in trace.splitlines()), file=sys.stderr)
         if crashes[1:]:
-            print(f"ranks {', '.join(file.stem for file in crashes[1:])} failed after it", file=sys.stderr)
+            print(f"ranks {', '.join(str(rank) for rank, _ in crashes[1:])} failed after it", file=sys.stderr)
+        if restarts:
+            text = f"rank {rank} on {platform.node()}: {trace.strip().splitlines()[-1]}{at}"
+            incidents.record(restarts.run_dir, "crash", text=text, rank=rank, step=last.step if last else None)
+    else:
+        print(f"rank {first.rank} ended with exit code {first.code}{at}", file=sys.stderr)
+    sys.stderr.flush()
 
 
 def _free_port() -> int:
@@ -126,18 +212,30 @@ def _fork(work: Callable[[], None], world_size: int) -> list[int]:
     port = _free_port()
     sys.stdout.flush()
     sys.stderr.flush()
+    parent = os.getpid()
     children = []
     for rank in range(world_size):
         pid = os.fork()
         if pid == 0:
+            die_with_parent(parent)
             os.environ.update(_rank_environment(rank, world_size, port))
             os._exit(_run_child(work, rank))
         children.append(pid)
     return children
 
 
+def die_with_parent(parent: int) -> None:
+    """Let the kernel kill this process when `parent` is gone (Linux): it would only hold memory, ports and files."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+
 def _run_child(work: Callable[[], None], rank: int) -> int:
     """Exit code of one forked rank."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler would end its other children
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     code = 0
     try:
         work()
@@ -146,7 +244,7 @@ def _run_child(work: Callable[[], None], rank: int) -> int:
     except BaseException as error:
         code = 2 if isinstance(error, UserError) else 1
         report_to_parent(error)
-    # os._exit skips this, and a checkpoint's helper process would be left behind.
+    # os._exit skips this, and a data worker would be left behind.
     multiprocessing.util._exit_function()  # type: ignore[attr-defined]
     sys.stdout.flush()
     sys.stderr.flush()
@@ -162,33 +260,68 @@ def _respawn(work: Callable[[], None], world_size: int) -> list[int]:
     ]
 
 
-def _wait(children: list[int]) -> int:
-    """Wait for every child; when one fails, give the others a moment to say why, then end them."""
-    alive, code, deadline = set(children), 0, None
+class _Children:
+    """The ranks' processes: signals passed on to them, none left when they end."""
 
-    def forward(signum, frame) -> None:
-        for pid in alive:
-            os.kill(pid, signum)
+    def __init__(self) -> None:
+        self.alive: dict[int, int] = {}
+        """Rank of each process."""
+        self.stopping = False
+        """Whether we were asked to stop: then nothing is started again."""
 
-    previous = signal.signal(signal.SIGTERM, forward)
-    try:
-        while alive:
-            for pid in list(alive):
+    def __enter__(self) -> _Children:
+        # Not ours: what this process started before.
+        self._others = {child.pid for child in psutil.Process().children(recursive=True)}
+        self._before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: a dead rank's helpers become our children
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end_all()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(36, 0)
+
+    def _pass_on(self, number: int, frame: object) -> None:
+        self.stopping = True
+        for pid in list(self.alive):
+            os.kill(pid, number)
+
+    def run(
+        self, start: Callable[[Callable[[], None], int], list[int]], work: Callable[[], None], world_size: int
+    ) -> tuple[int, _End]:
+        """Start the ranks and wait for them; when one fails, give the others a moment to say why, then end them.
+
+        Returns the exit code of the whole (128 + N for signal N) and the end of the rank that failed first.
+        """
+        self.alive = {pid: rank for rank, pid in enumerate(start(work, world_size))}
+        if self.stopping:  # asked while they were being started
+            self._pass_on(signal.SIGTERM, None)
+        first, deadline = _End(0, 0), float("inf")
+        while self.alive:
+            for pid in list(self.alive):
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
-                    alive.discard(pid)
-                    exit_code = os.waitstatus_to_exitcode(status)
-                    if exit_code and not code:
-                        code = exit_code if exit_code > 0 else 128 - exit_code
-                        deadline = time.monotonic() + _GRACE_SECONDS
-            if deadline and time.monotonic() > deadline:
-                for pid in alive:
+                    end = _End(self.alive.pop(pid), os.waitstatus_to_exitcode(status))
+                    if end.code and not first.code:
+                        first = end
+                        deadline = time.monotonic() + (_GRACE_SECONDS if end.code != PREEMPTED else 60)
+            if time.monotonic() > deadline:
+                for pid in self.alive:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.02)
-    except KeyboardInterrupt:
-        for pid in alive:
-            os.kill(pid, signal.SIGKILL)
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    return code
+        self._end_all()
+        return first.code if first.code >= 0 else 128 - first.code, first
+
+    def _end_all(self) -> None:
+        """Kill and bury the ranks, their writers and data workers."""
+        doomed = [child for child in psutil.Process().children(recursive=True) if child.pid not in self._others]
+        for child in doomed:
+            try:
+                child.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(doomed, timeout=5)
+        self.alive = {}

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from pathlib import Path
 
+from dsv3_train.checkpoint.directory import complete
 from dsv3_train.data import datasets
 from dsv3_train.data.prepare import prepare
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.load import dump, load
 from dsv3_train.recipe.schema import Recipe
-from dsv3_train.runtime import distributed
-from dsv3_train.runtime.launch import joined_world, launch
+from dsv3_train.runtime import deterministic, distributed, heartbeat
+from dsv3_train.runtime.launch import ATTEMPT, Restarts, joined_world, launch
+from dsv3_train.runtime.signals import StopRequest
+from dsv3_train.runtime.watchdog import Watchdog
 from dsv3_train.training.startup import Startup
 
 
@@ -29,11 +34,19 @@ def run(ref: str, overrides: list[str]) -> None:
     if not joined:  # before any process starts; under a launcher, the ranks see to it
         _ready_data(recipe)
         startup.mark("data")
-    distributed.prepare_import(device)
-    from dsv3_train.training import run as _run  # noqa: F401  imported once, before ranks are forked
-
-    startup.mark("imports")
-    launch(lambda: _on_rank(recipe, device, startup, joined), recipe.parallel.world_size, device)
+    if device == "cpu" or joined:
+        _import(device)  # once, before ranks are forked
+        startup.mark("imports")
+    run_dir = _run_dir(recipe)
+    restarts = Restarts(
+        recipe.faults.max_restarts, run_dir, lambda: [path.name for path in complete(run_dir / "checkpoints")]
+    )
+    launch(
+        lambda: _on_rank(recipe, device, startup, joined),
+        recipe.parallel.world_size,
+        device,
+        restarts if recipe.faults.max_restarts else None,
+    )
 
 
 def refuse_unready(recipe: Recipe) -> None:
@@ -42,16 +55,8 @@ def refuse_unready(recipe: Recipe) -> None:
     Raises:
         UserError: naming the keys and what to set instead.
     """
-    faults = []
-    if recipe.pipeline.schedule not in ("1f1b", "interleaved"):
-        faults.append(
-            f"pipeline.schedule: {recipe.pipeline.schedule} cannot run yet; "
-            "set pipeline.schedule=1f1b to train, or add --dry-run"
-        )
     if recipe.parallel.context > 1:
-        faults.append("parallel.context: context parallelism cannot run yet; set parallel.context=1")
-    if faults:
-        raise UserError("\n".join(faults))
+        raise UserError("parallel.context: context parallelism cannot run yet; set parallel.context=1")
 
 
 def _ready_data(recipe: Recipe) -> None:
@@ -60,7 +65,22 @@ def _ready_data(recipe: Recipe) -> None:
     datasets.check(recipe)
 
 
+def _run_dir(recipe: Recipe) -> Path:
+    return Path(recipe.runtime.run_dir.format(name=recipe.name))
+
+
+def _import(device: str) -> None:
+    distributed.prepare_import(device)
+    from dsv3_train.training import run  # noqa: F401
+
+
 def _on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) -> None:
+    if os.environ.get(ATTEMPT, "0") != "0":
+        startup.again()
+    stop = StopRequest()
+    if recipe.runtime.deterministic:
+        deterministic.prepare(device)
+    _import(device)
     import torch
 
     from dsv3_train.checkpoint.state import topology
@@ -69,12 +89,23 @@ def _on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) -> Non
 
     distributed.start(recipe, device)
     startup.mark("process groups")
-    run_dir = Path(recipe.runtime.run_dir.format(name=recipe.name))
+    run_dir = _run_dir(recipe)
+    beat = heartbeat.start(run_dir / "heartbeats", torch.distributed.get_rank())
     notes = []
     if torch.distributed.get_rank() == 0:
         if joined:
             _ready_data(recipe)
         notes = open_run_dir(run_dir, recipe, dump(recipe), topology(recipe))
     torch.distributed.barrier()
-    Run(recipe, run_dir, device, startup, notes).train()
+    run = Run(recipe, run_dir, device, startup, notes, stop)
+    watchdog = Watchdog(beat, run_dir, recipe.parallel.world_size, recipe.faults.hang_seconds)
+    if recipe.faults.hang_seconds:
+        watchdog.start()
+    try:
+        run.train()
+    finally:
+        watchdog.stop()
+        # Data workers ignore TERM, by which they would be ended at exit should one not answer.
+        for child in multiprocessing.active_children():
+            child.kill()
     distributed.stop()

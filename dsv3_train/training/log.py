@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dsv3_train.errors import UserError
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.training.record import StepRecord
 
@@ -25,10 +26,10 @@ class RunLog:
     def __init__(self, run_dir: Path, recipe: Recipe, *, total_steps: int, resumed_step: int = 0) -> None:
         self._run_dir = run_dir
         self._interval = recipe.logging.interval
-        self._text = (run_dir / "log.txt").open("a", encoding="utf-8")
+        self._text = _Lines(run_dir / "log.txt")
         self._metrics_path = run_dir / "metrics.jsonl"
         _drop_after(self._metrics_path, resumed_step)
-        self._metrics = self._metrics_path.open("a", encoding="utf-8")
+        self._metrics = _Lines(self._metrics_path)
         self._board = None
         if recipe.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -64,25 +65,39 @@ class RunLog:
         if self._peak_is_known and record.tflops_per_gpu is not None and record.mfu is None:
             self._peak_is_known = False
             self._say("MFU is left out: this GPU's peak is not known (dsv3_train/training/speed.py)")
-        if self._board:
-            for tag, value in _scalars(record).items():
-                self._board.add_scalar(tag, value, record.step)
+        for tag, value in _scalars(record).items():
+            self._on_board("add_scalar", tag, value, record.step)
+
+    def passed_over(self, step: int, consumed_tokens: int, first_sample: int, batch_size: int) -> None:
+        """A global batch that was not trained on."""
+        fields = {"kind": "passed over", "step": step, "consumed_tokens": consumed_tokens}
+        self._write_metrics({**fields, "first_sample": first_sample, "batch_size": batch_size})
+        self._progress.update(self._bar, completed=step)
+        self._say(f"step {step}: samples {first_sample}-{first_sample + batch_size - 1} passed over")
+
+    def rewind(self, step: int) -> None:
+        """The run went back to `step`."""
+        self._metrics.close()
+        _drop_after(self._metrics_path, step)
+        self._metrics = _Lines(self._metrics_path)
+        self._progress.update(self._bar, completed=step)
 
     def validation(self, step: int, consumed_tokens: int, loss: float) -> None:
         """A validation: mean main loss in nats per token."""
         self._write_metrics({"kind": "validation", "step": step, "consumed_tokens": consumed_tokens, "loss": loss})
         self._say(f"step {step}: validation loss {loss:.4f}")
-        if self._board:
-            self._board.add_scalar("validation/loss", loss, step)
+        self._on_board("add_scalar", "validation/loss", loss, step)
 
     def expert_load(self, step: int, load_le: np.ndarray) -> None:
         """Tokens of one global batch per MoE layer and expert, [layers, experts], as a heat map."""
         from dsv3_train.training import pictures  # matplotlib takes as long to import as all else here
 
         picture = pictures.expert_load(load_le, step)
-        pictures.save(picture, self._run_dir / "expert_load" / f"step_{step:08d}.png")
-        if self._board:
-            self._board.add_figure("expert load", picture, step)
+        try:
+            pictures.save(picture, self._run_dir / "expert_load" / f"step_{step:08d}.png")
+        except OSError as error:
+            self._say(f"step {step}: no picture of the expert load ({error.strerror})")
+        self._on_board("add_figure", "expert load", picture, step)
 
     def event(self, text: str) -> None:
         """Anything else worth a line: a resume, a fallback, a checkpoint."""
@@ -94,21 +109,51 @@ class RunLog:
 
         self._progress.stop()
         self._metrics.close()
-        curve = pictures.learning_curve(self._metrics_path)
-        if curve is not None:
-            pictures.save(curve, self._run_dir / "learning_curve.png")
-        if self._board:
-            self._board.close()
+        try:
+            curve = pictures.learning_curve(self._metrics_path)
+            if curve is not None:
+                pictures.save(curve, self._run_dir / "learning_curve.png")
+        except (OSError, ValueError) as error:  # a full disk, now or in the middle of a line
+            self._say(f"no learning curve ({error})")
+        self._on_board("close")
         self._text.close()
 
     def _say(self, text: str) -> None:
-        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self._text.flush()
+        self._text.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _write_metrics(self, fields: dict) -> None:
-        self._metrics.write(json.dumps(_finite(fields), allow_nan=False) + "\n")
-        self._metrics.flush()
+        self._metrics.add(json.dumps(_finite(fields), allow_nan=False) + "\n")
+
+    def _on_board(self, method: str, *arguments: Any) -> None:
+        """TensorBoard's writer raises, at any later call, what its own thread met: a full disk, as a rule."""
+        if self._board is None:
+            return
+        try:
+            getattr(self._board, method)(*arguments)
+        except Exception as error:
+            self._board = None
+            self._say(f"no more TensorBoard events ({error})")
+
+
+class _Lines:
+    """A text file that is appended to; what a full disk does not take is kept until it does."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._waiting = b""
+
+    def add(self, text: str) -> None:
+        self._waiting += text.encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+        except OSError:
+            pass  # the failed checkpoint tells of it; these lines come with the next ones
+
+    def close(self) -> None:
+        self.add("")
+        os.close(self._file)
 
 
 def _finite(value: Any) -> Any:
@@ -132,7 +177,11 @@ def _drop_after(path: Path, step: int) -> None:
         except (ValueError, KeyError):  # the last line of a killed run may be cut short
             continue
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text("".join(kept), encoding="utf-8")
+    try:
+        unfinished.write_text("".join(kept), encoding="utf-8")
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space") from None
     os.replace(unfinished, path)
 
 

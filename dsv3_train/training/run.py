@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
 
-from dsv3_train.checkpoint.directory import complete, resolve
-from dsv3_train.checkpoint.load import load_training
+from dsv3_train.checkpoint.directory import discard_after, resolve
+from dsv3_train.checkpoint.load import load_training, newest
 from dsv3_train.checkpoint.save import CheckpointWriter
 from dsv3_train.checkpoint.state import Position, training_state
 from dsv3_train.data import batches as data_batches
@@ -19,10 +19,15 @@ from dsv3_train.data.sets import train_sets
 from dsv3_train.optim.ema import ParameterEma
 from dsv3_train.optim.schedules import Schedules, Values
 from dsv3_train.recipe.schema import Recipe
+from dsv3_train.runtime import heartbeat, incidents
+from dsv3_train.runtime.exits import PREEMPTED
+from dsv3_train.runtime.signals import StopRequest
 from dsv3_train.training.assemble import assemble
+from dsv3_train.training.guard import Guard, Verdict
 from dsv3_train.training.log import RunLog
+from dsv3_train.training.losses import Losses
 from dsv3_train.training.record import StepRecord
-from dsv3_train.training.speed import Speed
+from dsv3_train.training.speed import Speed, StepClock
 from dsv3_train.training.startup import Startup
 from dsv3_train.training.step import (
     Batch,
@@ -38,8 +43,19 @@ from dsv3_train.training.step import (
 class Run:
     """One rank's share of a training run."""
 
-    def __init__(self, recipe: Recipe, run_dir: Path, device: str, startup: Startup, notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_dir: Path,
+        device: str,
+        startup: Startup,
+        notes: Sequence[str] = (),
+        stop: StopRequest | None = None,
+    ) -> None:
         """Build everything; the process groups are there already. `notes` go into the log. Collective.
+
+        Args:
+            stop: whether this process is asked to stop; None: nobody asks.
 
         Raises:
             UserError: the data or the checkpoint to resume from is at fault.
@@ -47,6 +63,7 @@ class Run:
         self.recipe, self.run_dir, self.device, self.startup = recipe, run_dir, device, startup
         self.schedules = Schedules(recipe)
         self.leader = torch.distributed.get_rank() == 0
+        self.log: RunLog | None = None
         whole = recipe.batch_multiple
         self.eval_sequences = -(-recipe.training.eval_sequences // whole) * whole
         self.train_data, self.valid_data = datasets.build(
@@ -56,20 +73,23 @@ class Run:
         self.trainer = assemble(recipe, device)
         self.ema = ParameterEma(self.trainer.models, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
         startup.mark("model and optimizer")
-        self.position, resumed = self._resume()
+        self.guard = Guard(recipe, run_dir, self.trainer, stop, self._incident)
+        said: list[str] = []
+        self.position = Position()
+        self._resume(said.append)
         startup.mark("resume")
-        self.log = (
-            RunLog(run_dir, recipe, total_steps=self.schedules.total_steps, resumed_step=self.position.step)
-            if self.leader
-            else None
-        )
-        for note in [*notes, *resumed]:
+        if self.leader:
+            self.log = RunLog(run_dir, recipe, total_steps=self.schedules.total_steps, resumed_step=self.position.step)
+        for note in [*notes, *said]:
             self._event(note)
         self.writer = CheckpointWriter(
             run_dir / "checkpoints",
             recipe.checkpoint.keep_last,
             recipe.checkpoint.asynchronous,
             lambda path: self._event(f"checkpoint {path.name} is complete"),
+            lambda step, reason: self._incident(
+                "checkpoint", f"the checkpoint of step {step} failed, and training goes on: {reason}"
+            ),
         )
         self.speed = Speed(recipe, device)
         self.last_validation: float | None = None
@@ -78,20 +98,35 @@ class Run:
         if self.log:
             self.log.event(text)
 
-    def _resume(self) -> tuple[Position, list[str]]:
-        """The newest checkpoint of this run, else the one that the recipe begins from, else the start."""
-        found = complete(self.run_dir / "checkpoints")
-        path = found[-1] if found else None
+    def _incident(self, kind: str, text: str) -> None:
+        """Something went wrong, and the run goes on: into the log and the record of incidents."""
+        self._event(text)
+        if self.leader:
+            incidents.record(self.run_dir, kind, text=text, step=self.position.step)
+
+    def _resume(self, told) -> None:
+        """The newest whole checkpoint of this run, else the one that the recipe begins from, else the start."""
+        path = newest(self.run_dir / "checkpoints", self.recipe.checkpoint.verify, self.guard.skips.against, told)
         if path is None and self.recipe.checkpoint.load:
             path = resolve(Path(self.recipe.checkpoint.load))
-        if path is None:
-            return Position(), []
+        if path is not None:
+            for note in self._load(path):
+                told(note)
+
+    def _load(self, path: Path) -> list[str]:
+        """Be where a checkpoint is."""
         trainer = self.trainer
-        position, notes = load_training(path, self.recipe, trainer.models, trainer.optimizer, self.ema)
-        return position, [f"resumed from {path} at step {position.step}", *notes]
+        self.position, guarded, notes = load_training(path, self.recipe, trainer.models, trainer.optimizer, self.ema)
+        self.guard.restore(guarded)
+        return [f"resumed from {path} at step {self.position.step}", *notes]
 
     def train(self, stop_after: int | None = None) -> None:
-        """To the end of the recipe's duration; or until step `stop_after`, as if interrupted there."""
+        """To the end of the recipe's duration; or until step `stop_after`, as if interrupted there.
+
+        Raises:
+            SystemExit: asked to stop (`PREEMPTED`, with a checkpoint); or results are corrupt (`CORRUPT`).
+            UserError: too many global batches in a row gave no finite loss.
+        """
         try:
             self._train(stop_after)
         finally:
@@ -100,28 +135,66 @@ class Run:
 
     def _train(self, stop_after: int | None) -> None:
         interval, eval_interval = self.recipe.checkpoint.interval, self.recipe.training.eval_interval
-        batches = self._read(self.train_data, self._plan(stop_after))
-        plan = self._plan(stop_after)
         last_saved = self.position.step
+        plan = self._plan(stop_after)
+        batches = self._read(self.train_data, self._wanted(stop_after))
         planned = next(plan, None)
         if planned is None:
             self._event("nothing left to train: training.duration is reached")
         while planned is not None:
             first_sample, batch_size = planned
+            verdict = self._step(batches, first_sample, batch_size)
+            if verdict is Verdict.ROLL_BACK:
+                self._roll_back(first_sample, batch_size)
+                last_saved = self.position.step
+                plan = self._plan(stop_after)
+                batches = self._read(self.train_data, self._wanted(stop_after))
+                planned = next(plan, None)
+                continue
             planned = next(plan, None)
-            self._step(batches, self.schedules.at(first_sample), batch_size)
             step = self.position.step
             ended = planned is None and stop_after is None
             if eval_interval and (step % eval_interval == 0 or ended):
                 self._validate()
-            if interval and step % interval == 0:
+            if (interval and step % interval == 0) or verdict is Verdict.STOP:
                 self._save()
                 last_saved = step
+            if verdict is Verdict.STOP and not ended:
+                self.writer.finish()
+                self._event(f"asked to stop ({self.guard.asked}): saved at step {step}; start again to go on")
+                raise SystemExit(PREEMPTED)
             if ended:
                 self._event(self._summary())
         if self.position.step > last_saved:
             self._save()
         self.writer.finish()
+
+    def _roll_back(self, first_sample: int, batch_size: int) -> None:
+        """After a spike: to the newest checkpoint before the samples that are passed over from now on. Collective."""
+        step = self.position.step + 1
+        self.writer.finish()
+        root, skip = self.run_dir / "checkpoints", self.guard.spike(first_sample, batch_size, step)
+        said: list[str] = []
+        path = newest(
+            root, self.recipe.checkpoint.verify, functools.partial(self.guard.skips.against, another=skip), said.append
+        )
+        if path is None:  # none is old enough, so past this batch alone, before its update
+            skip = self.guard.spike(first_sample, batch_size, step, batches=1)
+        self.guard.skips.add(skip, write=self.leader)
+        if path is not None:
+            said += self._load(path)
+            if self.leader:
+                discard_after(root, self.position.step)
+            torch.distributed.barrier()
+        if self.log:
+            self.log.rewind(self.position.step)
+        self._incident(
+            "spike",
+            f"step {step}: loss {skip.loss:.4f} is a spike; samples {skip.first}-{skip.last} are passed over "
+            f"from now on ({self.guard.skips.rollbacks()} of {self.recipe.faults.max_rollbacks})",
+        )
+        for line in said:
+            self._event(line)
 
     def _summary(self) -> str:
         text = f"done: {self.position.step} steps, {self.position.consumed_tokens:,} tokens, in {self.run_dir}"
@@ -143,6 +216,10 @@ class Run:
                 return
             yield first_sample, batch_size
 
+    def _wanted(self, stop_after: int | None) -> Iterator[tuple[int, int]]:
+        """`_plan` without what is passed over."""
+        return (planned for planned in self._plan(stop_after) if not self.guard.skips.covers(*planned))
+
     def _read(self, dataset: torch.utils.data.Dataset, plan: Iterator[tuple[int, int]]) -> Iterator[Batch] | None:
         """This rank's micro-batches in order, on its device; None where no stage needs any."""
         if not needs_data(self.trainer):
@@ -158,26 +235,64 @@ class Run:
         )
         return ({name: x.to(self.device, non_blocking=True) for name, x in batch.items()} for batch in on_cpu)
 
-    def _step(self, reader: Iterator[Batch] | None, values: Values, batch_size: int) -> None:
+    def _step(self, reader: Iterator[Batch] | None, first_sample: int, batch_size: int) -> Verdict:
+        """One global batch, unless it is to be passed over."""
+        number = self.position.step + 1
+        heartbeat.mark("data", number)
+        if self.guard.skips.covers(first_sample, batch_size):
+            return self._pass_over(first_sample, batch_size, self.guard.stop())
         clock = StepClock(self.device)
+        values = self.schedules.at(first_sample)
         count = micro_batches_per_step(self.recipe, batch_size)
         batches = [next(reader) for _ in range(count)] if reader else None
         clock.mark("data")
-        losses = forward_backward(self.trainer, values, batches, count)
+        heartbeat.mark("forward and backward")
+        compute = functools.partial(forward_backward, self.trainer, values, batches, count)
+        losses, verdict = self.guard.gradients(compute, number, first_sample, batch_size)
         clock.mark("forward_backward")
+        if verdict is Verdict.ROLL_BACK:
+            return verdict
+        if verdict in (Verdict.PASS_OVER, Verdict.PASS_OVER_AND_STOP):
+            self.writer.poll()
+            return self._pass_over(first_sample, batch_size, verdict is Verdict.PASS_OVER_AND_STOP)
+        heartbeat.mark("optimizer")
         grad_norm = update(self.trainer, values)
         clock.mark("optimizer")
+        heartbeat.mark("bookkeeping")
         if self.ema:
             gather_parameters(self.trainer)
             self.ema.update()
         self.writer.poll()
-        position = self.position
-        position.step += 1
-        position.consumed_samples += batch_size
-        position.consumed_tokens += batch_size * self.recipe.training.sequence_length
-        heat_map = self.recipe.logging.expert_load_interval
+        self._advance(batch_size)
+        self.guard.after_update(number)
         counts_le, biases_le = self.trainer.load.gather()
         clock.mark("other")
+        self._log_step(values, losses, grad_norm, clock, counts_le, biases_le)
+        return verdict
+
+    def _advance(self, batch_size: int) -> None:
+        self.position.step += 1
+        self.position.consumed_samples += batch_size
+        self.position.consumed_tokens += batch_size * self.recipe.training.sequence_length
+
+    def _pass_over(self, first_sample: int, batch_size: int, stop: bool) -> Verdict:
+        """Count a global batch as consumed without training on it."""
+        self._advance(batch_size)
+        if self.log:
+            self.log.passed_over(self.position.step, self.position.consumed_tokens, first_sample, batch_size)
+        return Verdict.STOP if stop else Verdict.GO_ON
+
+    def _log_step(
+        self,
+        values: Values,
+        losses: Losses,
+        grad_norm: float,
+        clock: StepClock,
+        counts_le: torch.Tensor,
+        biases_le: torch.Tensor,
+    ) -> None:
+        position, batch_size = self.position, values.batch_size
+        heat_map = self.recipe.logging.expert_load_interval
         if self.log is None:
             return
         tokens_per_second = batch_size * self.recipe.training.sequence_length / clock.seconds
@@ -212,6 +327,7 @@ class Run:
     def _validate(self) -> None:
         if self.valid_data is None:
             return
+        heartbeat.mark("validation")
         gather_parameters(self.trainer)
         count = micro_batches_per_step(self.recipe, self.eval_sequences)
         reader = self._read(self.valid_data, iter([(0, self.eval_sequences)]))
@@ -221,10 +337,12 @@ class Run:
             self.log.validation(self.position.step, self.position.consumed_tokens, loss)
 
     def _save(self) -> None:
+        heartbeat.mark("checkpoint")
         gather_parameters(self.trainer)
         state = training_state(
             self.recipe,
             self.position,
+            self.guard.kept(self.position.consumed_samples),
             self.trainer.models,
             self.trainer.optimizer,
             self.ema,
@@ -232,25 +350,3 @@ class Run:
             with_random_state=True,
         )
         self.writer.save(state, self.position.step)
-
-
-class StepClock:
-    """Where the time of one step goes, in seconds; waits for the device at each mark."""
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-        self._start = self._last = time.perf_counter()
-        self.phases: dict[str, float] = {}
-
-    def mark(self, phase: str) -> None:
-        """What went by since the last mark was `phase`."""
-        if self._device == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.phases[phase] = now - self._last
-        self._last = now
-
-    @property
-    def seconds(self) -> float:
-        """All of the step so far."""
-        return self._last - self._start

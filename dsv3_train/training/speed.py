@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import psutil
 import torch
@@ -44,3 +45,25 @@ class Speed:
             "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
             "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
         }
+
+
+class StepClock:
+    """Where the time of one step goes, in seconds; waits for the device at each mark."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._start = self._last = time.perf_counter()
+        self.phases: dict[str, float] = {}
+
+    def mark(self, phase: str) -> None:
+        """What went by since the last mark was `phase`."""
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.phases[phase] = now - self._last
+        self._last = now
+
+    @property
+    def seconds(self) -> float:
+        """All of the step so far."""
+        return self._last - self._start

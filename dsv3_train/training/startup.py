@@ -14,6 +14,11 @@ class Startup:
         self._last = psutil.Process().create_time()
         self.phases: dict[str, float] = {}
 
+    def again(self) -> None:
+        """This process was forked for a restart: what came before does not count."""
+        self._last = psutil.Process().create_time()
+        self.phases = {}
+
     def mark(self, phase: str) -> None:
         """What went by since the last mark was `phase`."""
         now = time.time()

@@ -1,0 +1,58 @@
+"""TERM and USR1: a wish to stop, noted at once and granted at the end of a step; the second one ends the process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SAME = 1.0
+"""Seconds within which a second signal is the same wish: a group and its launcher both pass it on."""
+
+
+class StopRequest:
+    """Whether this process was asked to stop. Make it in the main thread.
+
+    Signals are read by a thread of their own, since Python calls no handler while the main thread waits inside a
+    collective. Processes that are forked later (data workers, checkpoint writers) ignore both signals: SLURM sends
+    them to every process of a job, and the rank alone decides when those may go.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        """Of the first signal; None before it."""
+        self._since = 0.0
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        for number in SIGNALS:
+            signal.signal(number, _noted)
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=_ignore)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    def _listen(self) -> None:
+        while True:
+            for number in os.read(self._read, 64):
+                if number not in SIGNALS:
+                    continue
+                if self.name is None:
+                    self.name, self._since = signal.Signals(number).name, time.monotonic()
+                elif time.monotonic() - self._since > _SAME:
+                    os._exit(128 + number)
+
+
+def _noted(number: int, frame: object) -> None:
+    """The thread has it; without any handler there would be the default, to die."""
+
+
+def _ignore() -> None:
+    signal.set_wakeup_fd(-1)
+    ignore_in_worker()
+
+
+def ignore_in_worker(worker: int = 0) -> None:
+    """Leave TERM and USR1 to the rank (also torch's data workers, which set handlers of their own after the fork)."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

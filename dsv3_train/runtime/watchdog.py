@@ -1,0 +1,116 @@
+"""A thread that ends a rank which makes no progress, and names who keeps everyone waiting."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+from dsv3_train.runtime import incidents
+from dsv3_train.runtime.exits import HUNG
+from dsv3_train.runtime.heartbeat import Beat, Heartbeat, read
+from dsv3_train.runtime.launch import leave_report
+
+_COMMUNICATION = (
+    "torch/distributed/",
+    "megatron/core/pipeline_parallel/p2p_communication.py",
+    "dsv3_train/pipeline/messages.py",
+)
+"""Where a main thread is that waits for other ranks."""
+
+
+class Watchdog:
+    """Looks after the main thread of the process that makes it.
+
+    No mark for `limit` seconds: the rank compares everyone's heartbeats, says who is at fault, leaves its stacks in
+    RUN_DIR/hangs and ends with exit code `HUNG`. All of that within `limit` and a tenth of it. Should this thread not
+    run either (a library that holds Python's lock), `faulthandler` ends the process at twice the limit.
+    """
+
+    def __init__(self, heartbeat: Heartbeat, run_dir: Path, world_size: int, limit: float) -> None:
+        self._heartbeat, self._run_dir, self._world_size, self._limit = heartbeat, run_dir, world_size, limit
+        self._tick = min(max(limit / 10, 0.1), 5.0)
+        self._main = threading.get_ident()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._heartbeat.mark(self._heartbeat.operation)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No longer watch."""
+        self._stopped.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self._tick):
+            faulthandler.dump_traceback_later(2 * self._limit, exit=True)
+            self._heartbeat.beat(*_place(sys._current_frames().get(self._main)))
+            if time.time() - self._heartbeat.since > self._limit:
+                self._end()
+
+    def _end(self) -> None:
+        now = time.time()
+        beats = {rank: read(self._run_dir / "heartbeats" / str(rank)) for rank in range(self._world_size)}
+        fault, speaker = blame(beats, now, max(3 * self._tick, 2.0))
+        text = f"no progress for {self._limit:g} s: {fault}"
+        if self._heartbeat.rank == speaker:
+            incidents.record(self._run_dir, "hang", text=text, step=self._heartbeat.step)
+        self._dump_stacks()
+        if not leave_report("hang", text) and self._heartbeat.rank == speaker:
+            print(f"[rank {self._heartbeat.rank}] {text}", file=sys.stderr, flush=True)
+        os._exit(HUNG)
+
+    def _dump_stacks(self) -> None:
+        try:
+            (self._run_dir / "hangs").mkdir(exist_ok=True)
+            with (self._run_dir / "hangs" / f"{self._heartbeat.rank}.txt").open("w") as file:
+                faulthandler.dump_traceback(file)
+        except OSError:
+            faulthandler.dump_traceback()
+
+
+def blame(beats: dict[int, Beat | None], now: float, silence: float) -> tuple[str, int]:
+    """Who keeps the others waiting, in words, and the lowest rank that is able to say so.
+
+    A process that does not run at all; else the ranks that are not waiting in communication while others are; else
+    those that are furthest behind.
+
+    Args:
+        silence: seconds without a sign of life after which a process counts as stopped or gone.
+    """
+    running = [beat for beat in beats.values() if beat is not None and now - beat.alive <= silence]
+    absent = [rank for rank, beat in beats.items() if beat is None]
+    silent = [beat for beat in beats.values() if beat is not None and now - beat.alive > silence]
+    speaker = min((beat.rank for beat in running), default=0)
+    if absent:
+        return f"rank {', '.join(map(str, absent))} never began to train", speaker
+    if silent:
+        return "; ".join(
+            f"{beat} gave no sign of life for {now - beat.alive:.0f} s: stopped, or its machine is gone"
+            for beat in silent
+        ), speaker
+    busy = [beat for beat in running if not beat.waiting]
+    if not busy or len(busy) == len(running):
+        first = min((beat.step, beat.marks) for beat in running)
+        busy = [beat for beat in running if (beat.step, beat.marks) == first]
+    return "; ".join(f"{beat}, at {beat.where} for {now - beat.since:.0f} s" for beat in busy), speaker
+
+
+def _place(frame: FrameType | None) -> tuple[bool, str]:
+    """Whether a stack ends in communication, and its innermost place outside of torch."""
+    waiting = frame is not None and any(name in frame.f_code.co_filename for name in _COMMUNICATION)
+    while frame is not None and "/torch/" in frame.f_code.co_filename and frame.f_back is not None:
+        frame = frame.f_back
+    if frame is None:
+        return waiting, "an unknown place"
+    file = Path(frame.f_code.co_filename)
+    return waiting, f"{frame.f_code.co_name} ({file.parent.name}/{file.name}:{frame.f_lineno})"
