@@ -275,3 +275,18 @@ def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     else:
         changed.pop("quantization_config", None)
     return changed
+
+
+def changed(model: Model, config: dict[str, Any]) -> dict[str, Any]:
+    """Keys of `config.json` that follow from a model which a recipe has changed since, as its RoPE."""
+    fresh = config_of(model, model.num_nextn_predict_layers, int(config.get("max_position_embeddings") or 0))
+    keys = [key for key in _SAME if key not in ("initializer_range", "num_nextn_predict_layers")]
+    found = {key: fresh[key] for key in keys if key in config or fresh[key] != _WHERE_ABSENT.get(key)}
+    for key in ("rope_theta", "rope_scaling", "max_position_embeddings"):
+        found[key] = fresh[key]
+    if "rope_parameters" in config:
+        found["rope_parameters"] = {
+            "rope_theta": fresh["rope_theta"],
+            **({"rope_type": "yarn", **fresh["rope_scaling"]} if fresh["rope_scaling"] else {"rope_type": "default"}),
+        }
+    return found

@@ -146,7 +146,7 @@ def layout(path: Path, contents: Mapping[str, tuple[str, tuple[int, ...]]]) -> L
 
 def write_at(descriptor: int, tensor: torch.Tensor, position: int) -> None:
     """A contiguous tensor's bytes at a byte of an open file."""
-    data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     while data:
         written = os.pwrite(descriptor, data[: 1 << 30], position)
         data, position = data[written:], position + written

@@ -1,0 +1,234 @@
+"""`dsv3 convert from-hf`: a Hugging Face directory into a sharded checkpoint, for any layout."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dsv3_train.checkpoint.directory import step_path
+from dsv3_train.checkpoint.hf import config as configs
+from dsv3_train.checkpoint.hf import origin, work
+from dsv3_train.checkpoint.hf.files import DTYPES, itemsize
+from dsv3_train.checkpoint.hf.published import Directory, Found, find, open_directory
+from dsv3_train.checkpoint.hf.sharded_writer import Part, Placed, finish, write_parts
+from dsv3_train.checkpoint.hf.sides import Published, blocks
+from dsv3_train.checkpoint.hf.work import Progress, Unit
+from dsv3_train.errors import UserError
+from dsv3_train.recipe import load as recipes
+from dsv3_train.recipe.schema import Recipe
+
+Mtp = Literal["keep", "drop"]
+_LARGEST_FILE, _SMALLEST_FILE, _FILES = 2 << 30, 32 << 20, 64
+_NOTHING_DONE = {"step": 0, "consumed_samples": 0, "consumed_tokens": 0}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of a published tensor, and the part of the checkpoint that they become."""
+
+    part: Part
+    source: Published
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do, every tensor accounted for."""
+
+    directory: Directory
+    recipe: Recipe
+    mtp: int
+    found: list[Found]
+    files: list[list[Block]]
+    notes: list[str]
+
+    @property
+    def nbytes(self) -> int:
+        """To be written, headers apart."""
+        return sum(_nbytes(block) for file in self.files for block in file)
+
+    def report(self) -> dict[str, Any]:
+        """Counts, for `--json`."""
+        taken = {found.weight.name for found in self.found}
+        return {
+            "source": str(self.directory.path),
+            "weights": len(self.found),
+            "scales": sum(found.scale is not None for found in self.found),
+            "values": sum(found.weight.values for found in self.found),
+            "copies": sum(found.weight.copy for found in self.found),
+            "left_out": sorted(name for name in self.directory.mtp_names if name not in taken) if not self.mtp else [],
+            "dtypes": dict(Counter(found.stored.dtype for found in self.found)),
+            "mtp": self.mtp,
+            "bytes": self.nbytes,
+            "files": len(self.files),
+            "memory_per_worker": work.WORKER_BYTES,
+            "notes": self.notes,
+        }
+
+
+def make_plan(
+    source: Path,
+    recipe_ref: str | None,
+    overrides: Sequence[str],
+    mtp: Mtp | None,
+    dtype: Literal["bf16", "fp32"] | None,
+    name: str,
+) -> Plan:
+    """Look at everything that can be wrong before anything is written.
+
+    Raises:
+        UserError: files, configuration, recipe or options are at fault.
+    """
+    directory = open_directory(source)
+    directory.check_files()
+    modules, notes = _mtp(directory, mtp)
+    recipe = make_recipe(directory, recipe_ref, overrides, modules, name)
+    found = find(directory, recipe.model, modules)
+    if directory.main_dtype != "F8_E4M3" and directory.config.get("quantization_config"):
+        notes.append("config.json has a quantization_config, but no tensor is FP8")
+    return Plan(directory, recipe, modules, found, _files(found, dtype), notes)
+
+
+def _mtp(directory: Directory, asked: Mtp | None) -> tuple[int, list[str]]:
+    """MTP modules to convert."""
+    declared, there = directory.declared_mtp, directory.mtp
+    layer = int(directory.config["num_hidden_layers"])
+    lacking = f"config.json says num_nextn_predict_layers {declared}, but the files have nothing of layer {layer}"
+    if asked == "keep" and not there:
+        reason = lacking if declared else "config.json says that there is none"
+        raise UserError(f"{directory.path}: no MTP to keep: {reason}; leave --mtp out, or say --mtp drop")
+    if asked == "drop":
+        return 0, []
+    return there, [f"{lacking}: converted without MTP"] if declared and not there else []
+
+
+def make_recipe(directory: Directory, ref: str | None, overrides: Sequence[str], mtp: int, name: str) -> Recipe:
+    """The recipe of the model: derived from config.json, or `ref`, which must agree with it.
+
+    Raises:
+        UserError: key by key, what contradicts or is not supported.
+    """
+    file = str(directory.path / "config.json")
+    plain = configs.derive(directory.config, re.sub(r"[^A-Za-z0-9._-]|^[._-]+", "-", name), mtp, directory.main_dtype)
+    if ref is None:
+        recipe = recipes.build(plain, file, overrides)
+    else:
+        recipes.build(plain, file)  # what config.json itself asks too much of
+        recipe = recipes.load(ref, overrides)
+    chosen = [override.partition("=")[0].strip() for override in overrides]
+    wrong = configs.contradictions(recipe, directory.config, mtp, chosen)
+    if recipe.model.num_nextn_predict_layers != mtp:
+        wrong = [line for line in wrong if "num_nextn_predict_layers" not in line]
+        wrong.append(
+            f"model.num_nextn_predict_layers: {recipe.model.num_nextn_predict_layers} in the recipe, but {mtp} "
+            "MTP modules are converted; set it to that, or see --mtp"
+        )
+    if wrong:
+        raise UserError("\n".join(f"{ref or file}: {line}" for line in wrong))
+    return recipe
+
+
+def _files(found: Sequence[Found], dtype: str | None) -> list[list[Block]]:
+    """The checkpoint's files, each of parts that lie near each other in the source."""
+    todo = []
+    for one in sorted(found, key=lambda one: (one.stored.file, one.stored.begin)):
+        if not one.weight.copy:
+            todo += [_block(one, first, last, dtype) for first, last in blocks(one.weight)]
+    total = sum(map(_nbytes, todo))
+    bound = max(_SMALLEST_FILE, min(_LARGEST_FILE, total // _FILES))
+    files: list[list[Block]] = []
+    size = bound
+    for block in todo:
+        if size + _nbytes(block) > bound:
+            files.append([])
+            size = 0
+        files[-1].append(block)
+        size += _nbytes(block)
+    return files
+
+
+def _block(found: Found, first: int, last: int, dtype: str | None) -> Block:
+    weight = found.weight
+    # FP8 as FP32, which brings every code and scale back; all else as it is.
+    kept = "F32" if found.scale is not None else found.stored.dtype
+    wanted = {None: kept, "bf16": "BF16", "fp32": "F32"}[dtype]
+    if weight.stored == "fp32":
+        wanted = "F32"
+    dim = len(weight.key_shape) - len(weight.shape)
+    offset, sizes = list(weight.offset), list(weight.extent)
+    offset[dim] += first
+    sizes[dim] = last - first
+    part = Part(weight.key, weight.key_shape, tuple(offset), tuple(sizes), wanted)
+    return Block(part, Published.of(found), first, last)
+
+
+def _nbytes(block: Block) -> int:
+    values = (block.last - block.first) * (block.source.weight.values // block.source.weight.shape[0])
+    return values * itemsize(block.part.dtype)
+
+
+def convert(plan: Plan, target: Path, workers: int | None, progress: Progress) -> dict[str, Any]:
+    """Write TARGET: a run directory with `recipe.yaml`, `checkpoints/step_00000000` and `hf/`; whole or not at all.
+
+    Peak memory is `work.WORKER_BYTES` for each of at most `work.MOST_WORKERS` workers, whatever the model's size.
+
+    Raises:
+        UserError: a file is damaged, the disk is full, or TARGET cannot be written.
+    """
+    units = [Unit(i, sum(map(_nbytes, file)), (i, file)) for i, file in enumerate(plan.files)]
+    fingerprint = [_fingerprint(plan), [[asdict(block.part) for block in file] for file in plan.files]]
+    with work.unfinished(target, fingerprint) as where:
+        checkpoint = step_path(where / "checkpoints", 0)
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        _check_copies(plan, progress)
+        count = work.worker_count(workers, plan.nbytes)
+        placed = work.run(where, write_file, units, count, progress, "converting")
+        parts = [[block.part for block in file] for file in plan.files]
+        finish(checkpoint, list(zip(parts, placed, strict=True)), {"position": _NOTHING_DONE, "topology": {}})
+        (where / "recipe.yaml").write_text(recipes.dump(plan.recipe), encoding="utf-8")
+        origin.keep(plan.directory, plan.mtp, [found.weight for found in plan.found], where / origin.FOLDER)
+    return {**plan.report(), "target": str(target)}
+
+
+def _fingerprint(plan: Plan) -> list[Any]:
+    """Tells a source that changed under an interrupted conversion."""
+    files = sorted({found.stored.file for found in plan.found})
+    stats = [Path(file).stat() for file in files]
+    return [*zip(files, [(stat.st_size, stat.st_mtime_ns) for stat in stats], strict=True), recipes.dump(plan.recipe)]
+
+
+def write_file(where: str, number: int, file: list[Block]) -> list[Placed]:
+    """Write one file of the checkpoint; where its parts lie in it."""
+    torch.set_num_threads(1)
+
+    def values(i: int) -> torch.Tensor:
+        block = file[i]
+        rows = block.source.rows(block.first, block.last)
+        return rows.to(DTYPES[block.part.dtype]).view(block.part.sizes)
+
+    return write_parts(step_path(Path(where, "checkpoints"), 0), number, [block.part for block in file], values)
+
+
+def _check_copies(plan: Plan, progress: Progress) -> None:
+    """MTP's embedding and head must be the main model's: Megatron has them once."""
+    originals = {found.weight.key: found for found in plan.found if not found.weight.copy}
+    copies = [found for found in plan.found if found.weight.copy]
+    total, done = sum(found.stored.nbytes for found in copies), 0
+    for copy in copies:
+        original = originals[copy.weight.key]
+        for first, last in blocks(copy.weight):
+            ours, theirs = (Published.of(found).rows(first, last) for found in (original, copy))
+            if not torch.equal(ours, theirs):
+                raise UserError(
+                    f"{copy.stored.file}: {copy.weight.name} differs from {original.weight.name}, and this model has "
+                    "one for both; --mtp drop leaves MTP out"
+                )
+            done += ours.numel() * itemsize(copy.stored.dtype)
+            progress("comparing MTP's copies", done, total)

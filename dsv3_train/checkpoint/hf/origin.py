@@ -1,0 +1,124 @@
+"""What a checkpoint keeps of the Hugging Face directory that it came from, so that it can go back as it was.
+
+Beside the checkpoint, in `hf/`: the files that are no weights (config.json, tokenizer, licence), the index, and the
+types of tensors in `tensors.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsv3_train.checkpoint.directory import resolve
+from dsv3_train.checkpoint.hf import config as configs
+from dsv3_train.checkpoint.hf.names import Weight
+from dsv3_train.checkpoint.hf.published import INDEX, Directory, open_directory
+from dsv3_train.errors import UserError
+from dsv3_train.recipe.load import load
+
+FOLDER = "hf"
+PREFIX = "hf:"
+"""Of `checkpoint.load`: a Hugging Face directory."""
+_TENSORS = "tensors.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_LARGEST = 64 << 20  # bytes; a tokenizer is a tenth of that
+_DEEPEST = 10  # runs that began from one another's checkpoints
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A directory's configuration, other files, and how its tensors were stored."""
+
+    folder: Path
+    config: dict[str, Any]
+    main_dtype: str
+    mtp: int
+    """MTP modules that the files had."""
+    exceptions: dict[str, str] = field(default_factory=dict)
+    """Types of the tensors whose type does not follow from `main_dtype`."""
+
+    @property
+    def index(self) -> dict[str, Any] | None:
+        """model.safetensors.index.json; None for one file without an index."""
+        file = self.folder / INDEX
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def usual_dtype(weight: Weight, main_dtype: str) -> str:
+    """How a tensor is stored in files whose matrices are `main_dtype`."""
+    if weight.stored == "fp32":
+        return "F32"
+    return "BF16" if main_dtype == "F8_E4M3" and weight.stored != "fp8" else main_dtype
+
+
+def exceptions(directory: Directory, weights: Iterable[Weight]) -> dict[str, str]:
+    """Types of tensors that are stored otherwise than usual."""
+    main = directory.main_dtype
+    stored = {weight.name: directory.tensors[weight.name].dtype for weight in weights}
+    return {weight.name: stored[weight.name] for weight in weights if stored[weight.name] != usual_dtype(weight, main)}
+
+
+def keep(directory: Directory, mtp: int, weights: list[Weight], folder: Path) -> None:
+    """Write `folder`: everything of a directory but its weights."""
+    folder.mkdir(exist_ok=True)
+    copy_others(directory.path, folder)
+    if directory.weight_map is not None:
+        shutil.copyfile(directory.path / INDEX, folder / INDEX)
+    facts = {"main_dtype": directory.main_dtype, "mtp": mtp, "exceptions": exceptions(directory, weights)}
+    (folder / _TENSORS).write_text(json.dumps(facts), encoding="utf-8")
+
+
+def copy_others(source: Path, target: Path) -> None:
+    """Copy a directory's files that are neither weights, nor an index of them, nor ours."""
+    for file in sorted(source.iterdir()):
+        plain = file.is_file() and not file.name.startswith(".") and not file.name.endswith(_WEIGHTS)
+        if plain and file.name not in (INDEX, _TENSORS) and file.stat().st_size <= _LARGEST:
+            shutil.copyfile(file, target / file.name)
+
+
+def find(checkpoint: Path) -> Origin | None:
+    """The origin of a checkpoint, or of the one that its run began from; None if there was none.
+
+    Raises:
+        UserError: what is kept of it is damaged.
+    """
+    run_dir = checkpoint.parent.parent
+    for _ in range(_DEEPEST):
+        if (run_dir / FOLDER / _TENSORS).is_file():
+            return _kept(run_dir / FOLDER)
+        recipe_file = run_dir / "recipe.yaml"
+        begun = load(str(recipe_file)).checkpoint.load if recipe_file.is_file() else None
+        if begun is None:
+            return None
+        if begun.startswith(PREFIX):
+            return _directory(Path(begun.removeprefix(PREFIX)))
+        try:
+            run_dir = resolve(Path(begun)).parent.parent
+        except UserError:
+            return None  # gone since
+    return None
+
+
+def _kept(folder: Path) -> Origin:
+    file = folder / _TENSORS
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        return Origin(folder, configs.read(folder), facts["main_dtype"], facts["mtp"], facts["exceptions"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: damaged ({error}); remove {folder} to export without it") from None
+
+
+def _directory(path: Path) -> Origin | None:
+    from dsv3_train.checkpoint.hf.names import weights
+    from dsv3_train.recipe.schema import Model
+
+    if not path.is_dir():
+        return None  # gone since
+    directory = open_directory(path)
+    model = Model.model_validate(configs.model_of(directory.config, str(path)))
+    there = [weight for weight in weights(model, directory.mtp) if weight.name in directory.tensors]
+    return Origin(path, directory.config, directory.main_dtype, directory.mtp, exceptions(directory, there))

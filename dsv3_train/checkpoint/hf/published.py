@@ -1,0 +1,202 @@
+"""A Hugging Face directory: which tensors its files hold, and whether they are those of the model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsv3_train.checkpoint.hf import config as configs
+from dsv3_train.checkpoint.hf.files import Stored, read_header
+from dsv3_train.checkpoint.hf.names import SCALE, Weight, weights
+from dsv3_train.errors import UserError
+from dsv3_train.recipe.schema import Model
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_READ = ("F32", "BF16", "F8_E4M3")
+
+
+@dataclass(frozen=True)
+class Directory:
+    """What is in a directory, read from its headers alone."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Stored]
+    """Weights and scales, by name."""
+    weight_map: dict[str, str] | None
+    """The index: tensor -> file. None: one file without an index."""
+    problems: list[str] = field(default_factory=list)
+    """Of files and index, one line each."""
+
+    @property
+    def main_dtype(self) -> str:
+        """F8_E4M3 if any weight is, else the type that most values of matrices have."""
+        matrices = Counter[str]()
+        for name, tensor in self.tensors.items():
+            if len(tensor.shape) > 1 and not name.endswith(SCALE):
+                matrices[tensor.dtype] += tensor.nbytes
+        return "F8_E4M3" if "F8_E4M3" in matrices else max(matrices, key=lambda dtype: matrices[dtype], default="BF16")
+
+    @property
+    def mtp_names(self) -> list[str]:
+        """Tensors of MTP modules: of the layers that config.json counts beyond the main model's."""
+        first = int(self.config["num_hidden_layers"])
+        beyond = range(first, first + self.declared_mtp)
+        return [name for name in self.tensors if (match := _LAYER.match(name)) and int(match[1]) in beyond]
+
+    @property
+    def declared_mtp(self) -> int:
+        """MTP modules by config.json; transformers leaves their tensors out and the number in."""
+        return int(self.config.get("num_nextn_predict_layers") or 0)
+
+    @property
+    def mtp(self) -> int:
+        """MTP modules by config.json if the files have anything of them, else 0."""
+        return self.declared_mtp if self.mtp_names else 0
+
+    def check_files(self) -> None:
+        """Refuse a directory whose files are damaged or missing.
+
+        Raises:
+            UserError: the first problem, and how many more there are.
+        """
+        if self.problems:
+            raise UserError(_first(self.problems))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A tensor of the model, where it lies, and the scales of its FP8 blocks."""
+
+    weight: Weight
+    stored: Stored
+    scale: Stored | None
+
+
+def open_directory(path: Path) -> Directory:
+    """Look into a directory; damage of single files is kept in `problems`.
+
+    Raises:
+        UserError: not a Hugging Face directory of a model that is supported.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: not a directory; give one with config.json and .safetensors files")
+    config = configs.read(path)
+    configs.model_of(config, str(path / "config.json"))
+    weight_map = _weight_map(path)
+    problems: list[str] = []
+    tensors: dict[str, Stored] = {}
+    counts = Counter(weight_map.values()) if weight_map is not None else Counter({SINGLE: 0})
+    for name in sorted(counts):
+        file = path / name
+        if not file.is_file():
+            problems.append(f"{file}: missing; the index names it for {counts[name]} tensors; fetch it again")
+            continue
+        try:
+            header = read_header(file)
+        except (UserError, OSError) as error:
+            problems.append(str(error))
+            continue
+        twice = header.keys() & tensors.keys()
+        problems += [f"{file}: {one} is in another file too; remove one of the two" for one in sorted(twice)]
+        tensors |= header
+        if weight_map is None:
+            continue
+        lacking = [one for one, where in weight_map.items() if where == name and one not in header]
+        if lacking:
+            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+            problems.append(f"{file}: lacks {lacking[0]}{more}, which the index says is there; fetch it again")
+    return Directory(path, config, tensors, weight_map, problems)
+
+
+def _weight_map(path: Path) -> dict[str, str] | None:
+    file = path / INDEX
+    if not file.is_file():
+        if (path / SINGLE).is_file():
+            return None
+        hint = "; this reads safetensors only, pickled .bin files can run code" if any(path.glob("*.bin")) else ""
+        raise UserError(f"{path}: neither {INDEX} nor {SINGLE}{hint}")
+    try:
+        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        names = set(weight_map.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file}: no index of safetensors files ({error}); fetch it again") from None
+    strange = sorted(str(name) for name in names if not isinstance(name, str) or Path(name).name != name)
+    if strange:
+        raise UserError(f"{file}: names {strange[0]!r}, which is no file of this directory")
+    return weight_map
+
+
+def differences(directory: Directory, model: Model, mtp: int) -> tuple[list[str], list[str]]:
+    """(missing, surplus): tensors that the model has and the files lack, and the other way round, scales included.
+
+    A scale is wanted where its weight is stored in FP8. With `mtp` 0, MTP's tensors are no surplus.
+    """
+    expected = weights(model, mtp)
+    wanted = {weight.name for weight in expected}
+    dropped = set() if mtp else set(directory.mtp_names)
+    tensors = directory.tensors
+    for weight in expected:
+        stored = tensors.get(weight.name)
+        if stored is not None and stored.dtype.startswith("F8"):
+            wanted.add(weight.scale_name)
+    missing = [name for name in wanted if name not in tensors]
+    surplus = tensors.keys() - wanted - dropped
+    return sorted(missing), sorted(surplus)
+
+
+def find(directory: Directory, model: Model, mtp: int) -> list[Found]:
+    """Every tensor of the model in the files, each with the right shape and type and none left over.
+
+    Raises:
+        UserError: the first thing that is wrong, and how many more there are.
+    """
+    directory.check_files()
+    missing, surplus = differences(directory, model, mtp)
+    path, tensors = directory.path, directory.tensors
+    faults = [
+        f"{path}: {name} is missing"
+        + (", the scales of an FP8 weight" if name.endswith(SCALE) else "")
+        + "; fetch the files again, or correct config.json"
+        for name in missing
+    ]
+    faults += [f"{path}: {name} is no tensor of this model; remove it, or correct config.json" for name in surplus]
+    found = []
+    for weight in weights(model, mtp):
+        stored, scale = tensors.get(weight.name), tensors.get(weight.scale_name)
+        if stored is None:
+            continue
+        faults += _wrong(directory, weight, stored, scale)
+        found.append(Found(weight, stored, scale))
+    if faults:
+        raise UserError(_first(faults))
+    return found
+
+
+def _wrong(directory: Directory, weight: Weight, stored: Stored, scale: Stored | None) -> list[str]:
+    place = f"{stored.file}: {weight.name}"
+    if stored.shape != weight.shape:
+        return [f"{place} is {list(stored.shape)}, and config.json makes it {list(weight.shape)}"]
+    if stored.dtype not in _READ:
+        return [f"{place} is {stored.dtype}; weights are read in {', '.join(_READ)}"]
+    if stored.dtype == "F8_E4M3":
+        if weight.stored != "fp8":
+            return [f"{place} is FP8, in which only the linear layers of attention and FFN are stored"]
+        if scale is not None and (scale.shape, scale.dtype) != (weight.scale_shape, "F32"):
+            expected = f"F32 {list(weight.scale_shape)}"
+            return [f"{scale.file}: {weight.scale_name} is {scale.dtype} {list(scale.shape)}, not {expected}"]
+    if weight.stored == "fp32" and stored.dtype != "F32":
+        # A directory saved in one type has its routing biases in it too; anywhere else they have lost bits.
+        types = {tensor.dtype for tensor in directory.tensors.values()}
+        return [f"{place} is {stored.dtype}, not F32; rounded routing biases choose other experts"] * (len(types) > 1)
+    return []
+
+
+def _first(faults: list[str]) -> str:
+    return faults[0] + (f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else "")
