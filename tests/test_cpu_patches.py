@@ -16,6 +16,8 @@ CASES = {
     "to_cuda": ("pp2", "Torch not compiled with CUDA enabled"),
     "streams": ("one", "torch.cuda.Stream requires CUDA support"),
     "synchronize": ("pp2", "Torch not compiled with CUDA enabled"),
+    "ranges": ("pairs", "NVTX functions not installed"),
+    "record_stream": ("pairs", "unknown parameter type"),
     "random_state": ("one", "Torch not compiled with CUDA enabled"),
     "tensor_type": ("one", "torch.cuda.FloatTensor"),
     "have_te": ("one", "isinstance() arg 2 must be a type"),
@@ -39,6 +41,11 @@ layouts = {
     "ep2": {"parallel": {"world_size": 2, "expert": 2}},
     "pp2": {"parallel": {"world_size": 2, "pipeline": 2}, "pipeline": {"layout": "Ett|ttmL"}},
     "recompute": {"training": {"recompute": ["layernorm"]}},
+    "pairs": {
+        "parallel": {"world_size": 4, "pipeline": 2, "expert": 2},
+        "pipeline": {"layout": "Ett|ttmL", "schedule": "dualpipe", "overlap_pairs": True},
+        "precision": {"params": "bf16"},
+    },
     "random": {},
 }
 out = Path(sys.argv[1])
@@ -102,7 +109,7 @@ def printed(tmp_path_factory) -> dict[str, str]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("layout", ["one", "ep2", "pp2", "recompute", "random"])
+@pytest.mark.parametrize("layout", ["one", "ep2", "pp2", "recompute", "pairs", "random"])
 def test_with_all_patches(printed, layout):
     assert printed[layout].strip().endswith("trained"), printed[layout]
 

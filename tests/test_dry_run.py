@@ -59,11 +59,11 @@ def test_bounds(published):
     assert published["peak_bytes"] < 8e9
 
 
-def test_a_run_refuses_what_is_not_there_yet(tmp_path):
+def test_a_run_without_its_data_is_refused(tmp_path):
     done = subprocess.run([*DSV3, "train", "dsv3_671b_2048xh800"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "pipeline.schedule: dualpipe" in done.stderr
+    assert "data/pretrain" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -11,6 +11,7 @@ from dsv3_train.recipe.load import load
 
 TINY = str(Path(__file__).parent / "recipes" / "tiny.yaml")
 WORLD = "parallel.world_size=8"
+DUALPIPE = ["parallel={world_size: 2, pipeline: 2}", "pipeline.schedule=dualpipe"]
 
 # What is set, the key at fault, what the message says, and what it advises instead.
 CASES = {
@@ -133,10 +134,66 @@ CASES = {
         ["schedule.batch_size=8"],
     ),
     "dualpipe": (
-        ["parallel={world_size: 1, pipeline: 1}", "pipeline.schedule=dualpipe"],
+        ["parallel={world_size: 3, pipeline: 3}", "pipeline={schedule: dualpipe, layout: Ett|t|tmL}"],
         "parallel.pipeline",
-        "set parallel.pipeline to 2",
+        "set parallel.pipeline to 2 or 4",
+        ["parallel={world_size: 2, pipeline: 2}", "pipeline.layout=null"],
+    ),
+    "dualpipev on one rank": (
+        ["pipeline.schedule=dualpipev"],
+        "parallel.pipeline",
+        "set parallel.pipeline=2",
         ["parallel={world_size: 2, pipeline: 2}"],
+    ),
+    "stages of a V": (
+        ["parallel={world_size: 2, pipeline: 2}", "pipeline={schedule: dualpipev, layout: Ett|ttmL}"],
+        "pipeline.layout",
+        "2 stages, but parallel.pipeline 2 with schedule dualpipev has 4; 'Et|(t|)*2tmL' would work",
+        ["pipeline.layout=Et|t|t|tmL"],
+    ),
+    "mtp within a V": (
+        ["parallel={world_size: 2, pipeline: 2}", "pipeline={schedule: zbv, layout: Et|t|ttm|L}"],
+        "pipeline.layout",
+        "with schedule zbv, MTP (m) must be on the last stage",
+        ["pipeline.layout=Et|t|tt|mL"],
+    ),
+    "pairs without experts apart": (
+        [*DUALPIPE, "pipeline.overlap_pairs=true", "precision.params=bf16"],
+        "pipeline.overlap_pairs",
+        "parallel.expert=2 or more",
+        ["parallel={world_size: 4, expert: 2, pipeline: 2}"],
+    ),
+    "pairs in fp32": (
+        [
+            "parallel={world_size: 4, expert: 2, pipeline: 2}",
+            "pipeline={schedule: dualpipe, overlap_pairs: true}",
+            "precision.params=fp32",
+        ],
+        "pipeline.overlap_pairs",
+        "precision.params=bf16",
+        ["precision.params=bf16"],
+    ),
+    "pairs of 1f1b": (
+        [
+            "parallel={world_size: 4, expert: 2, pipeline: 2}",
+            "pipeline={overlap_pairs: true}",
+            "precision.params=bf16",
+        ],
+        "pipeline.overlap_pairs",
+        "schedule 1f1b pairs nothing",
+        ["pipeline.schedule=dualpipe"],
+    ),
+    "overlapped reduction in dualpipe": (
+        [*DUALPIPE, "parallel.overlap_grad_reduce=true"],
+        "parallel.overlap_grad_reduce",
+        "their collectives would cross",
+        ["parallel.overlap_grad_reduce=false"],
+    ),
+    "overlapped reduction of deferred gradients": (
+        ["parallel={world_size: 2, pipeline: 2}", "pipeline.schedule=zb1p", "parallel.overlap_grad_reduce=true"],
+        "parallel.overlap_grad_reduce",
+        "pipeline.defer_weight_gradients=false",
+        ["pipeline.defer_weight_gradients=false"],
     ),
     "uneven": (
         ["parallel={world_size: 3, pipeline: 3}"],

@@ -59,12 +59,12 @@ def _on_rank(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer, request: Re
 
     from dsv3_train.checkpoint.load import load_weights
     from dsv3_train.generation.sample import continuation
-    from dsv3_train.model.build import build_stage, in_training_precision
+    from dsv3_train.model.build import build_chunks, in_training_precision
     from dsv3_train.model.config import megatron_config
 
     distributed.start(recipe, device)
     config = megatron_config(recipe, device, inference=True)
-    model = build_stage(recipe, config, None).to(device).eval()
+    model = build_chunks(recipe, config)[0].to(device).eval()
     position = load_weights(checkpoint, [model])
     # A document begins after the end of another, as in training.
     prompt = [tokenizer.eos_id, *tokenizer.encode(request.prompt)]

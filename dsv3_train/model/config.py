@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from dsv3_train.recipe.chunks import SCHEDULED
 from dsv3_train.recipe.layout import layout_string
 from dsv3_train.recipe.schema import Recipe
 
@@ -27,7 +28,7 @@ def megatron_config(recipe: Recipe, device: str, *, inference: bool = False) -> 
     bf16 = recipe.precision.params == "bf16"
     params_dtype = torch.bfloat16 if bf16 else torch.float32
     dense, layers = model.first_k_dense_replace, model.num_hidden_layers
-    return MLATransformerConfig(
+    config = MLATransformerConfig(
         # Architecture
         num_layers=layers,
         hidden_size=model.hidden_size,
@@ -98,6 +99,15 @@ def megatron_config(recipe: Recipe, device: str, *, inference: bool = False) -> 
         cross_entropy_fusion_impl="te" if on_gpu else "native",
         gradient_accumulation_fusion=on_gpu and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
     )
+    # Set afterwards: Megatron allows both for its own interleaved schedule only (transformer_config.py:1857, 1909).
+    config.overlap_moe_expert_parallel_comm = recipe.pipeline.overlap_pairs
+    config.delay_wgrad_compute = on_gpu and deferring(recipe)
+    return config
+
+
+def deferring(recipe: Recipe) -> bool:
+    """Whether weight gradients are taken apart from those of inputs."""
+    return recipe.pipeline.schedule in SCHEDULED and recipe.pipeline.defer_weight_gradients
 
 
 def _rope(recipe: Recipe, fused: bool) -> dict:
@@ -131,7 +141,7 @@ def _rope(recipe: Recipe, fused: bool) -> dict:
 def _pipeline(recipe: Recipe) -> dict:
     if recipe.parallel.pipeline == 1:
         return {}
-    virtual = recipe.pipeline.virtual_stages
+    virtual = recipe.stage_count // recipe.parallel.pipeline
     return {
         "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
         "pipeline_model_parallel_layout": layout_string(recipe),

@@ -13,6 +13,8 @@ from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from dsv3_train.model.weight_gradients import grouped_linear
+
 
 def _swiglu(gate_up: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
@@ -51,20 +53,14 @@ class GroupedExperts(MegatronModule):
     ) -> tuple[torch.Tensor, None]:
         """[tokens, hidden] sorted by expert, [experts] counts, [tokens] gates -> [tokens, hidden], and no bias."""
         counts = tokens_per_expert.tolist()
-        gate_up = self._matmul(hidden_th, self.linear_fc1, counts)
+        gate_up = grouped_linear(hidden_th, self.linear_fc1, counts)
         probs = probs_t.unsqueeze(-1)
         if not self.recompute_activation:
-            return self._matmul(_swiglu(gate_up, probs), self.linear_fc2, counts), None
+            return grouped_linear(_swiglu(gate_up, probs), self.linear_fc2, counts), None
         checkpoint = CheckpointWithoutOutput()
-        out = self._matmul(checkpoint.checkpoint(_swiglu, gate_up, probs), self.linear_fc2, counts)
+        out = grouped_linear(checkpoint.checkpoint(_swiglu, gate_up, probs), self.linear_fc2, counts)
         checkpoint.discard_output_and_register_recompute(out)
         return out, None
-
-    @staticmethod
-    def _matmul(x_ti: torch.Tensor, weight_eoi: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        # Every expert takes part, also one without tokens: its gradient is zero, not missing.
-        parts = [F.linear(x, weight) for x, weight in zip(x_ti.split(counts), weight_eoi.unbind(0), strict=True)]
-        return torch.cat(parts)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Under SequentialMLP's keys and global shapes, so that checkpoints serve either."""

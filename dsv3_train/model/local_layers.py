@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from dsv3_train.model.grouped_experts import GroupedExperts
+from dsv3_train.model.weight_gradients import linear
 
 
 class Attention(MegatronModule):
@@ -69,7 +70,7 @@ class ReplicatedLinear(MegatronModule):
 
     def forward(self, x_sbh: torch.Tensor) -> tuple[torch.Tensor, None]:
         """[s, b, input] -> [s, b, output], and no bias."""
-        return F.linear(x_sbh, self.weight), None
+        return linear(x_sbh, self.weight), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The whole weight, replicated over tensor-parallel ranks."""

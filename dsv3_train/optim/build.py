@@ -10,6 +10,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from dsv3_train.recipe.schema import Recipe
+from dsv3_train.runtime.pipeline_groups import replicas
 
 
 def wrap_chunks(recipe: Recipe, config: MLATransformerConfig, chunks: list[GPTModel]) -> list[DistributedDataParallel]:
@@ -21,17 +22,20 @@ def wrap_chunks(recipe: Recipe, config: MLATransformerConfig, chunks: list[GPTMo
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         check_for_nan_in_grad=False,  # it ends the run; training/guard.py passes the batch over
+        delay_wgrad_compute=config.delay_wgrad_compute,
     )
+    copies = replicas()
+    groups = copies.groups if copies else None
     return [
         # Buckets only pay in the first chunk: the others' reductions hide behind its backward pass.
-        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0, pg_collection=groups)
         for index, chunk in enumerate(chunks)
     ]
 
 
 def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     """AdamW (report, section 4.2) with FP32 master weights; no weight decay on norms and other vectors."""
-    optim, bf16 = recipe.optim, recipe.precision.params == "bf16"
+    optim, bf16, copies = recipe.optim, recipe.precision.params == "bf16", replicas()
     options = {}
     if recipe.precision.adam_moments == "bf16":
         options = {
@@ -61,6 +65,8 @@ def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> Me
             **options,
         ),
         chunks,
+        # Megatron's Gloo groups gather optimizer states for a kind of checkpoint that is not ours.
+        **({"pg_collection": copies.groups, "use_gloo_process_groups": False} if copies else {}),
     )
 
 

@@ -22,6 +22,7 @@ class Stage:
     """One stage of the pipeline."""
 
     pipeline_rank: int
+    """That holds it; dualpipe has a second copy on the rank opposite."""
     virtual_stage: int
     layers: str
     """As in `pipeline.layout`."""
@@ -62,13 +63,15 @@ def account(recipe: Recipe) -> Account:
                 sizes = [_global_sizes(chunk) for chunk in chunks]
         finally:
             distributed.stop()
-        for virtual, (chunk, found) in enumerate(zip(chunks, sizes, strict=True)):
+        for chunk, found in zip(chunks, sizes, strict=True):
+            if chunk.place.direction:
+                continue
             held = [*chunk.parameters(), *(b for n, b in chunk.named_buffers() if n.endswith("expert_bias"))]
             rows.append(
                 Stage(
                     pipeline_rank,
-                    virtual,
-                    placed[virtual * pipeline + pipeline_rank],
+                    chunk.place.virtual or 0,
+                    placed[chunk.place.stage],
                     # The embedding's copy on MTP's stage has the embedding's name.
                     sum(size for name, size in found.items() if name not in counted),
                     sum(tensor.numel() for tensor in held),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsv3_train.recipe.chunks import MIRRORED, chunks_of
 from dsv3_train.recipe.layout import stages
 from dsv3_train.recipe.schema import Recipe
 
@@ -27,8 +28,9 @@ def state_bytes(recipe: Recipe) -> int:
     weight = 2 if precision.params == "bf16" else 4
     master = 4 if precision.params == "bf16" else 0
     optimizer = master + 2 * (2 if precision.adam_moments == "bf16" else 4)
-    dense_share = parallel.data * parallel.context if parallel.zero1 else 1
-    expert_share = parallel.expert_data if parallel.zero1 else 1
+    copies = 2 if recipe.pipeline.schedule == "dualpipe" else 1  # of each stage: one more data-parallel dimension
+    dense_share = copies * parallel.data * parallel.context if parallel.zero1 else 1
+    expert_share = copies * parallel.expert_data if parallel.zero1 else 1
     return max(
         (rank.dense + rank.experts) * (weight + 4)
         + rank.dense * optimizer // dense_share
@@ -46,15 +48,14 @@ def held(recipe: Recipe) -> list[Held]:
             more_dense, more_experts = _part(recipe, part, layer)
             dense, experts = dense + more_dense, experts + more_experts
             layer += part == "t"
-        if "m" in stage and "E" not in stage:  # MTP embeds the next token with the main model's embedding
+        # MTP embeds the next token with the main model's embedding: a copy, but where both are on one rank.
+        if "m" in stage and "E" not in stage and recipe.pipeline.schedule not in MIRRORED:
             dense += _part(recipe, "E", layer)[0]
         per_stage.append((dense, experts))
-    count = recipe.parallel.pipeline
+    kind, virtual, count = recipe.pipeline.schedule, recipe.pipeline.virtual_stages, recipe.parallel.pipeline
     rows = []
     for rank in range(count):
-        mine = per_stage[rank::count]
-        if recipe.pipeline.schedule == "dualpipe":  # a rank also holds the mirrored stage (report, section 3.2.1)
-            mine = [*mine, *per_stage[count - 1 - rank :: count]]
+        mine = [per_stage[stage] for _, stage in chunks_of(kind, count, rank, virtual)]
         rows.append(Held(sum(dense for dense, _ in mine), sum(experts for _, experts in mine)))
     return rows
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from math import gcd, lcm
 
+from dsv3_train.recipe.pipeline_checks import pipeline
 from dsv3_train.recipe.placement import placement
 from dsv3_train.recipe.quantity import Steps
 from dsv3_train.recipe.schema import Recipe, Segment
@@ -145,27 +146,6 @@ def _sequence_length(recipe: Recipe) -> Faults:
         )
 
 
-def _order(recipe: Recipe) -> Faults:
-    pipeline, stages = recipe.pipeline, recipe.parallel.pipeline
-    if pipeline.virtual_stages > 1 and pipeline.schedule != "interleaved":
-        yield (
-            "pipeline.virtual_stages",
-            f"{pipeline.virtual_stages} with schedule {pipeline.schedule}; set pipeline.schedule=interleaved, or "
-            "pipeline.virtual_stages=1",
-        )
-    if pipeline.schedule == "interleaved" and pipeline.virtual_stages == 1:
-        yield "pipeline.schedule", "interleaved needs several stages per rank; set pipeline.virtual_stages=2, or 1f1b"
-    if pipeline.schedule == "interleaved" and stages == 1:
-        yield "parallel.pipeline", "the interleaved schedule needs several ranks; set parallel.pipeline=2, or 1f1b"
-    if pipeline.schedule == "dualpipe" and stages % 2:
-        # A rank holds stage i and, for the other direction, stage P-1-i (report, section 3.2.1).
-        yield (
-            "parallel.pipeline",
-            f"dualpipe pairs stages, and {stages} is odd; set parallel.pipeline to {_multiples(stages, 2)}, or "
-            "pipeline.schedule=1f1b",
-        )
-
-
 def _batch_size(recipe: Recipe) -> Faults:
     p, pieces = recipe.parallel, recipe.schedule.batch_size
     multiple = recipe.batch_multiple
@@ -294,7 +274,7 @@ _CHECKS = (
     _model,
     _tensor_widths,
     _sequence_length,
-    _order,
+    pipeline,
     placement,
     _schedules,
     _optimizer,

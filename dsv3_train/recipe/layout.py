@@ -37,29 +37,8 @@ def parse(layout: str) -> list[str]:
     return text.split("|")
 
 
-def stage_count(kind: str, ranks: int, virtual: int = 1) -> int:
-    """Stages that a schedule cuts the model into; `virtual` counts chunks per rank of the interleaved one."""
-    return ranks * {"interleaved": virtual, "zbv": 2, "dualpipev": 2}.get(kind, 1)
-
-
-def chunks_of(kind: str, ranks: int, rank: int, virtual: int = 1) -> list[tuple[int, int]]:
-    """(direction, stage) of each model chunk of a pipeline rank, by stage: the order of the model list.
-
-    The V-shaped schedules and dualpipe give a rank two chunks. Direction 1 of dualpipe enters the pipeline at its last
-    rank: rank r holds stage r for one direction and stage P-1-r for the other (report, section 3.2.1). In order of
-    stages, the two ranks that hold the same stages list them alike, as their gradient reductions need.
-    """
-    if kind == "interleaved":
-        return [(0, chunk * ranks + rank) for chunk in range(virtual)]
-    if kind in ("zbv", "dualpipev"):
-        return [(0, rank), (0, 2 * ranks - 1 - rank)]
-    if kind == "dualpipe":
-        return sorted([(0, rank), (1, ranks - 1 - rank)], key=lambda chunk: chunk[1])
-    return [(0, rank)]
-
-
 def stages(recipe: Recipe) -> list[str]:
-    """The layers of each stage, as `Etttt`; with virtual stages, entry v*P + p is stage v of pipeline rank p.
+    """The layers of each stage, as `Etttt`, in the order in which a micro-batch meets them.
 
     Without `pipeline.layout` the decoder layers are spread evenly.
 
@@ -68,7 +47,7 @@ def stages(recipe: Recipe) -> list[str]:
     """
     if recipe.pipeline.layout is not None:
         return parse(recipe.pipeline.layout)
-    count = recipe.parallel.pipeline * recipe.pipeline.virtual_stages
+    count = recipe.stage_count
     if recipe.model.num_hidden_layers % count:
         raise ValueError(
             f"{recipe.model.num_hidden_layers} layers do not spread evenly over {count} stages; "
@@ -98,7 +77,7 @@ def suggestion(recipe: Recipe) -> str:
 
 def _spread(recipe: Recipe) -> list[str]:
     """Decoder layers as evenly as they go; embedding first, MTP modules and head last."""
-    count = recipe.parallel.pipeline * recipe.pipeline.virtual_stages
+    count = recipe.stage_count
     each, more = divmod(recipe.model.num_hidden_layers, count)
     placed = ["t" * (each + (stage < more)) for stage in range(count)]
     placed[0] = "E" + placed[0]

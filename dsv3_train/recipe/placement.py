@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dsv3_train.recipe.chunks import MIRRORED
 from dsv3_train.recipe.layout import stages, suggestion
 from dsv3_train.recipe.schema import Recipe
 
@@ -23,12 +24,12 @@ def placement(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _count(recipe: Recipe, placed: list[str]) -> Iterator[str]:
-    pipeline, virtual, model = recipe.parallel.pipeline, recipe.pipeline.virtual_stages, recipe.model
+    model, needed = recipe.model, recipe.stage_count
     layers = "".join(placed)
     decoder, mtp = layers.count("t"), layers.count("m")
-    if len(placed) != pipeline * virtual:
-        needed = f"parallel.pipeline {pipeline} x virtual_stages {virtual} = {pipeline * virtual}"
-        yield f"{len(placed)} stages, but {needed}"
+    if len(placed) != needed:
+        pipeline, schedule = recipe.parallel.pipeline, recipe.pipeline.schedule
+        yield f"{len(placed)} stages, but parallel.pipeline {pipeline} with schedule {schedule} has {needed}"
     if decoder != model.num_hidden_layers:
         yield f"{decoder} decoder layers (t), but model.num_hidden_layers is {model.num_hidden_layers}"
     if mtp != model.num_nextn_predict_layers:
@@ -47,6 +48,9 @@ def _order(recipe: Recipe, placed: list[str]) -> Iterator[str]:
         yield "MTP (m) must come after all decoder layers (t)"
     if sum("m" in stage for stage in placed) > 1:
         yield "all MTP modules (m) must be on one stage"
+    if recipe.pipeline.schedule in MIRRORED and "m" not in placed[-1]:
+        # There it shares the embedding of the same rank, one physical copy (report, section 3.2.3).
+        yield f"with schedule {recipe.pipeline.schedule}, MTP (m) must be on the last stage"
     # Megatron-core builds MTP in a rank's last virtual stage only.
-    if any("m" in stage for stage in placed[: -recipe.parallel.pipeline]):
+    elif any("m" in stage for stage in placed[: -recipe.parallel.pipeline]):
         yield "MTP (m) must be in the last virtual stage"

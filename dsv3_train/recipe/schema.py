@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
+from dsv3_train.recipe.chunks import stage_count
 from dsv3_train.recipe.quantity import Extent
 
 
@@ -105,11 +106,21 @@ class Pipeline(Section):
     """How layers are placed on stages and in which order micro-batches run."""
 
     schedule: Literal["1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipev"] = "1f1b"
+    """1f1b and interleaved are Megatron-core's own. zb1p, zbv, dualpipe and dualpipev are lists of operations that
+    `dsv3 pipeline` prints, draws and simulates. zbv and dualpipev give a rank two stages, one on each leg of a V;
+    dualpipe gives it a second copy of another rank's stage, for micro-batches that go the other way."""
     layout: Union[str, None] = None
     """Stage by stage in Megatron-core's notation: E embedding, t decoder layer, m MTP, L head and loss,
     | between stages, (..)*n and x*n repeat. null: layers spread evenly (needs divisibility)."""
     virtual_stages: int = Field(default=1, gt=0, le=1000)
     """Model chunks per rank (virtual pipeline stages); more than 1 with `interleaved`."""
+    defer_weight_gradients: bool = True
+    """Compute weight gradients where the schedule says W; false: with the gradients of inputs, as 1f1b does."""
+    overlap_pairs: bool = False
+    """Run the forward and backward passes that the schedule pairs (dualpipe, dualpipev) on two streams, so that the
+    dispatch and combine of each hide behind the other's computation (needs BF16 and expert parallelism)."""
+    check_messages: bool = False
+    """Debugging: send each tensor's place in the schedule before it, and stop on the first that does not match."""
     communication_sms: int = Field(default=20, ge=0)
     """SMs set aside for communication kernels when it overlaps with computation (report: 20 of 132)."""
 
@@ -314,6 +325,11 @@ class Recipe(Section):
     faults: Faults = Faults()
     logging: Logging = Logging()
     runtime: Runtime = Runtime()
+
+    @property
+    def stage_count(self) -> int:
+        """Stages that the model is cut into, of all ranks."""
+        return stage_count(self.pipeline.schedule, self.parallel.pipeline, self.pipeline.virtual_stages)
 
     @property
     def batch_multiple(self) -> int:

@@ -96,6 +96,16 @@ def synchronize() -> None:
     torch.cuda.synchronize = lambda *args, **kwargs: None  # type: ignore[assignment]
 
 
+def ranges() -> None:
+    """The schedule plan of overlapped passes names its parts for NVIDIA's profilers (pipeline_parallel/utils.py)."""
+    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *args: None  # type: ignore[assignment]
+
+
+def record_stream() -> None:
+    """It also tells the allocator which streams use a tensor; a CPU tensor takes no dummy stream."""
+    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[assignment,method-assign]
+
+
 def random_state() -> None:
     """Megatron keeps one random state per kind of parallelism, in the CUDA generator."""
     # Not torch.manual_seed: that calls torch.cuda.manual_seed_all, which comes back here.
@@ -200,6 +210,8 @@ BEFORE_IMPORT = (
     to_cuda,
     streams,
     synchronize,
+    ranges,
+    record_stream,
     random_state,
     tensor_type,
     keep_sent_tensor,

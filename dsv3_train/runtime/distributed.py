@@ -10,6 +10,7 @@ import warnings
 import torch
 
 from dsv3_train.errors import UserError
+from dsv3_train.recipe.chunks import MIRRORED, SCHEDULED
 from dsv3_train.recipe.schema import Recipe
 
 _TIMEOUT = datetime.timedelta(minutes=30)
@@ -75,6 +76,10 @@ def start(recipe: Recipe, device: str) -> None:
         torch.cuda.set_device(gpu)
         torch.distributed.init_process_group("nccl", timeout=_TIMEOUT, device_id=gpu)
     _divide(recipe)
+    if recipe.pipeline.schedule in SCHEDULED:
+        from dsv3_train.runtime import pipeline_groups
+
+        pipeline_groups.create(recipe)
 
 
 def pretend(recipe: Recipe, rank: int) -> None:
@@ -86,10 +91,14 @@ def pretend(recipe: Recipe, rank: int) -> None:
     _divide(recipe, create_gloo_process_groups=False)
 
 
+def _first(ranks: list[int], *_split: int) -> list[int]:
+    return ranks[:1]
+
+
 def _divide(recipe: Recipe, **options: bool) -> None:
     from megatron.core import parallel_state, tensor_parallel
 
-    parallel, virtual = recipe.parallel, recipe.pipeline.virtual_stages
+    parallel, virtual = recipe.parallel, recipe.stage_count // recipe.parallel.pipeline
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -97,6 +106,8 @@ def _divide(recipe: Recipe, **options: bool) -> None:
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
+        # Megatron joins the embedding with its copy on the last rank; there, none where a rank holds both ends.
+        get_embedding_ranks=_first if recipe.pipeline.schedule in MIRRORED else None,
         **options,
     )
     torch.manual_seed(recipe.training.seed)
@@ -107,5 +118,8 @@ def stop() -> None:
     """Leave the process group."""
     from megatron.core import parallel_state
 
+    from dsv3_train.runtime import pipeline_groups
+
+    pipeline_groups.forget()
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from dsv3_train.model import weight_gradients
 from dsv3_train.model.build import build_chunks, in_training_precision
 from dsv3_train.model.config import megatron_config
 from dsv3_train.model.init import initialize
+from dsv3_train.model.stage import Stage
 from dsv3_train.optim.build import build_optimizer, wrap_chunks
+from dsv3_train.pipeline.executor import Executor
+from dsv3_train.pipeline.messages import Messages
+from dsv3_train.recipe.chunks import SCHEDULED
 from dsv3_train.recipe.schema import Recipe
+from dsv3_train.runtime import pipeline_groups
 from dsv3_train.training.experts import ExpertLoad
 from dsv3_train.training.step import Trainer, connect
 
@@ -20,6 +29,28 @@ def assemble(recipe: Recipe, device: str) -> Trainer:
         initialize(model, recipe.training.seed, recipe.model.initializer_range)
     load = ExpertLoad(models, recipe.model)
     chunks = wrap_chunks(recipe, config, [in_training_precision(model, config) for model in models])
-    trainer = Trainer(recipe, config, models, chunks, build_optimizer(recipe, chunks), load)
+    executor = None
+    if recipe.pipeline.schedule in SCHEDULED:
+        weight_gradients.install()
+        executor = _executor(recipe, config, models)
+    trainer = Trainer(recipe, config, models, chunks, build_optimizer(recipe, chunks), load, executor)
     connect(trainer)
     return trainer
+
+
+def _executor(recipe: Recipe, config: MLATransformerConfig, models: list[Stage]) -> Executor:
+    pipeline = recipe.pipeline
+    messages = Messages(
+        parallel_state.get_pipeline_model_parallel_group(),
+        pipeline_groups.downward(),
+        config.pipeline_dtype,
+        headers=config.variable_seq_lengths,
+        checked=pipeline.check_messages,
+    )
+    return Executor(
+        pipeline.schedule,
+        [model.place for model in models],
+        messages,
+        defer=pipeline.defer_weight_gradients,
+        overlap=pipeline.overlap_pairs,
+    )

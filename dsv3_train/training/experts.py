@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.router import TopKRouter
 
+from dsv3_train.model.stage import Stage
 from dsv3_train.recipe.schema import Model
 
 
 class ExpertLoad:
     """Token counts and routing biases of all MoE layers, gathered over stages; MTP's layers are the last."""
 
-    def __init__(self, models: list[GPTModel], model: Model) -> None:
+    def __init__(self, models: list[Stage], model: Model) -> None:
         moe_layers = model.num_hidden_layers - model.first_k_dense_replace
         self.shape = (moe_layers + model.num_nextn_predict_layers, model.n_routed_experts)
         self._routers: dict[int, TopKRouter] = {}
+        self._first_copy = not any(stage.place.replica for stage in models)
         for stage in models:
             for layer in stage.decoder.layers:
                 if hasattr(layer.mlp, "router"):
@@ -29,12 +30,23 @@ class ExpertLoad:
         """Keep this rank's counts of the global batch that just went through."""
         self._counts = {index: router.local_tokens_per_expert.clone() for index, router in self._routers.items()}
 
+    def add_up(self, group: torch.distributed.ProcessGroup) -> None:
+        """Sum the routers' own counts over the ranks that hold copies of the same stages. Collective."""
+        if not self._routers:
+            return
+        counts = [router.local_tokens_per_expert for _, router in sorted(self._routers.items())]
+        summed = torch.stack(counts)
+        torch.distributed.all_reduce(summed, group=group)
+        for count, total in zip(counts, summed, strict=True):
+            count.copy_(total)
+
     def gather(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens per expert and routing biases, both FP32 [layers, experts] on the CPU. Collective."""
         counts, biases = torch.zeros(2, *self.shape, device=torch.cuda.current_device()).unbind(0)
         for index, router in self._routers.items():
             counts[index] = self._counts[index]
-            biases[index] = router.expert_bias
+            if self._first_copy:
+                biases[index] = router.expert_bias
         torch.distributed.all_reduce(
             counts, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         )

@@ -9,14 +9,16 @@ from functools import partial
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from dsv3_train.model.stage import Place, Stage
 from dsv3_train.optim.build import set_learning_rate
 from dsv3_train.optim.schedules import Values
+from dsv3_train.pipeline.executor import Executor
 from dsv3_train.recipe.schema import Recipe
+from dsv3_train.runtime.pipeline_groups import replicas
 from dsv3_train.training.experts import ExpertLoad
 from dsv3_train.training.losses import Losses, reduce_losses
 
@@ -29,12 +31,14 @@ class Trainer:
 
     recipe: Recipe
     config: MLATransformerConfig
-    models: list[GPTModel]
+    models: list[Stage]
     """The stages themselves."""
     chunks: list[DistributedDataParallel]
     """The same, wrapped for data parallelism."""
     optimizer: MegatronOptimizer
     load: ExpertLoad
+    executor: Executor | None
+    """Runs the schedule; None: Megatron-core does."""
 
 
 def connect(trainer: Trainer) -> None:
@@ -57,6 +61,9 @@ def connect(trainer: Trainer) -> None:
 
 def _finalize(load: ExpertLoad, chunks: list, num_tokens: torch.Tensor | None = None, **options) -> None:
     load.capture()  # Megatron clears the counts once the routing biases are updated
+    copies = replicas()
+    if copies:  # the other copy of a stage saw the other half of the tokens, and its biases must stay the same
+        load.add_up(copies.pair)
     finalize_model_grads(chunks, num_tokens, **options)
 
 
@@ -74,20 +81,21 @@ def _loss(loss_mask_bs: torch.Tensor | None, loss_bs: torch.Tensor) -> tuple[tor
     return loss_sum.clone(), tokens, {"loss": torch.stack([loss_sum.detach(), tokens.float()])}
 
 
-def _forward(batches: Iterator[Batch] | None, model: torch.nn.Module):
+def _forward(batches: Iterator[Batch] | None, model: torch.nn.Module, return_schedule_plan: bool = False):
+    run = model.build_schedule_plan if return_schedule_plan else model
     if batches is None:
-        return model(None, None, None), partial(_loss, None)
+        return run(None, None, None), partial(_loss, None)
     batch = next(batches)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
+    output = run(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
     return output, partial(_loss, batch["loss_mask"])
 
 
 def _run(trainer: Trainer, batches: list[Batch] | None, count: int, forward_only: bool) -> list[Batch]:
     """All micro-batches of a step through every stage; what the last stage reports, per micro-batch."""
     training, chunks = trainer.recipe.training, trainer.chunks
-    iterators = [iter(batches) if batches is not None else None for _ in chunks]
-    several = len(chunks) > 1
-    return get_forward_backward_func()(
+    iterators = [_of_direction(trainer, model.place, batches) for model in trainer.models]
+    several = len(chunks) > 1 or trainer.executor is not None
+    return (trainer.executor or get_forward_backward_func())(
         forward_step_func=_forward,
         data_iterator=iterators if several else iterators[0],
         model=chunks if several else chunks[0],
@@ -97,6 +105,17 @@ def _run(trainer: Trainer, batches: list[Batch] | None, count: int, forward_only
         decoder_seq_length=training.sequence_length,
         forward_only=forward_only,
     )
+
+
+def _of_direction(trainer: Trainer, place: Place, batches: list[Batch] | None) -> Iterator[Batch] | None:
+    """The micro-batches that go through a chunk: in dualpipe the first half enters at the first rank, the other at
+    the last."""
+    if batches is None:
+        return None
+    if trainer.recipe.pipeline.schedule != "dualpipe":
+        return iter(batches)
+    half = (len(batches) + 1) // 2
+    return iter(batches[half:] if place.direction else batches[:half])
 
 
 def forward_backward(trainer: Trainer, values: Values, batches: list[Batch] | None, count: int) -> Losses:

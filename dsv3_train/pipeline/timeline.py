@@ -1,0 +1,57 @@
+"""When each operation of a schedule ran: what the pipeline picture and the measured bubble are made of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from dsv3_train.pipeline.operations import Op
+
+Span = tuple[float, float, tuple[Op, ...]]
+"""Start and end in seconds on this machine's clock, and what ran."""
+
+
+class Timeline:
+    """Records the computations of one global batch, with two clock readings (or CUDA events) each."""
+
+    def __init__(self) -> None:
+        self._cuda = torch.cuda.is_available()
+        self._marks: list[tuple] = []
+        self._origin = self._mark()
+        self._origin_seconds = time.perf_counter()
+
+    @contextmanager
+    def span(self, ops: tuple[Op, ...]) -> Iterator[None]:
+        """What runs within is `ops`."""
+        start = self._mark()
+        yield
+        self._marks.append((start, self._mark(), ops))
+
+    def spans(self) -> list[Span]:
+        """All computations in order. Waits for the device."""
+        if not self._cuda:
+            return list(self._marks)
+        torch.cuda.synchronize()
+
+        def seconds(event: torch.cuda.Event) -> float:
+            return self._origin_seconds + self._origin.elapsed_time(event) / 1e3
+
+        return [(seconds(start), seconds(end), ops) for start, end, ops in self._marks]
+
+    def _mark(self):
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def bubble_fraction(spans: list[list[Span]]) -> float:
+    """Idle share of the step on the rank that idles most: spans of every pipeline rank, on one clock."""
+    first = min(start for rank in spans for start, _, _ in rank)
+    last = max(end for rank in spans for _, end, _ in rank)
+    busiest_gap = max((last - first) - sum(end - start for start, end, _ in rank) for rank in spans)
+    return busiest_gap / (last - first)
