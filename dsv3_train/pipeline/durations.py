@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dsv3_train.pipeline.operations import Op, Schedule
-
-TIMED = ("F", "B", "I", "W", "FB")
+from dsv3_train.pipeline.simulate import Duration
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,8 @@ class Durations:
     per_stage: bool = False
     """Times of one stage, as measured, where a rank holds several; else of all the layers of a rank."""
 
-    def of(self, schedule: Schedule):
-        """The duration of each computation of `schedule` (a `simulate.Duration`)."""
+    def of(self, schedule: Schedule) -> Duration:
+        """The duration of each computation of `schedule`."""
         share = 1.0 if self.per_stage else schedule.ranks / schedule.stages
 
         def alone(op: Op) -> float:
@@ -70,12 +69,14 @@ class Durations:
         """What overlap saves of a pair."""
         return self.F + self.whole - self.pair
 
-    def with_head(self, weight: float, last_stage: int, share: float) -> Durations:
-        """The same where the last stage also holds a head as heavy as `weight` of a rank's layers."""
-        more = {kind: getattr(self, kind) * (1 + weight / share) for kind in ("F", "I", "W")}
-        if self.B is not None:
-            more["B"] = self.B * (1 + weight / share)
-        return dataclasses.replace(self, stages={**self.stages, last_stage: more})
+    def with_head(self, schedule: Schedule, weight: float) -> Durations:
+        """The same where the last stage also holds a head as heavy as `weight` of the layers of a rank."""
+        part = weight * schedule.stages / schedule.ranks
+        last = schedule.stages - 1
+        own = self.stages.get(last, {})
+        plain = {"F": self.F, "I": self.I, "W": self.W, **({} if self.B is None else {"B": self.B})}
+        more = {kind: own.get(kind, time) + time * part for kind, time in plain.items()}
+        return dataclasses.replace(self, stages={**self.stages, last: more})
 
 
 UNIT = Durations(F=1.0, I=1.0, W=1.0)

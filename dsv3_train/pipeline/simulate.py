@@ -30,8 +30,8 @@ class Deadlock(Exception):
 
 
 @dataclass(frozen=True)
-class Simulation:
-    """A timeline, in the unit of the durations, from 0."""
+class Run:
+    """A timeline of a schedule, simulated (in the unit of the durations, from 0) or measured."""
 
     timeline: Timeline
 
@@ -56,7 +56,7 @@ class Simulation:
         return max(self.bubbles)
 
 
-def simulate(schedule: Schedule, duration: Duration, latency: float = 0.0, blocking: bool = False) -> Simulation:
+def simulate(schedule: Schedule, duration: Duration, latency: float = 0.0, blocking: bool = False) -> Run:
     """When every computation runs, if each starts as soon as its rank and its input are there.
 
     Args:
@@ -134,7 +134,7 @@ def simulate(schedule: Schedule, duration: Duration, latency: float = 0.0, block
     stuck = {n: schedule.events[n][rank.at] for n, rank in enumerate(ranks) if rank.at < len(schedule.events[n])}
     if stuck:
         raise Deadlock("; ".join(f"rank {n} waits at {_told(event)}" for n, event in stuck.items()))
-    return Simulation(tuple(tuple(rank.spans) for rank in ranks))
+    return Run(tuple(tuple(rank.spans) for rank in ranks))
 
 
 class _Rank:

@@ -1,0 +1,1 @@
+"""Pictures of a schedule in time: terminal, SVG, HTML."""
