@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from dsv3_cli.progress import progress
 
+if TYPE_CHECKING:
     from dsv3_train.data.manifest import Manifest
-    from dsv3_train.data.prepare import Progress
 
 app = typer.Typer(no_args_is_help=True, help="Make indexed datasets from text, and look into them.")
 
@@ -59,8 +57,8 @@ def prepare(
         raise UserError(f"--vocab-size: {vocab_size} is no number of tokens; give 260 or more")
     trained = {} if vocab_size is None else {"vocab_size": vocab_size}
     settings = Prepare(inputs=inputs, output=output, tokenizer=tokenizer, fim_rate=fim_rate, seed=seed, **trained)
-    with _progress() as progress:
-        manifest = run(settings, progress, text_key=text_key, workers=workers)
+    with progress() as report:
+        manifest = run(settings, report, text_key=text_key, workers=workers)
     print(manifest.model_dump_json(indent=1) if as_json else _summary(output, manifest))
 
 
@@ -108,21 +106,3 @@ def _summary(prefix: str, manifest: Manifest) -> str:
     if counts.bad > 10:
         lines.append(f"    ... the first {len(manifest.bad)} are in {prefix}.manifest.json")
     return "\n".join(lines)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar on the terminal, on stderr; nothing where there is no terminal."""
-    from rich.console import Console
-    from rich.progress import Progress as Bars
-
-    console = Console(stderr=True)
-    with Bars(console=console, transient=True, disable=not console.is_terminal) as bars:
-        tasks: dict[str, int] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
-
-        yield report

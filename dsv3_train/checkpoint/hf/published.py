@@ -159,7 +159,7 @@ def find(directory: Directory, model: Model, mtp: int) -> list[Found]:
     """
     directory.check_files()
     missing, surplus = differences(directory, model, mtp)
-    path, tensors = directory.path, directory.tensors
+    path = directory.path
     faults = [
         f"{path}: {name} is missing"
         + (", the scales of an FP8 weight" if name.endswith(SCALE) else "")
@@ -167,19 +167,29 @@ def find(directory: Directory, model: Model, mtp: int) -> list[Found]:
         for name in missing
     ]
     faults += [f"{path}: {name} is no tensor of this model; remove it, or correct config.json" for name in surplus]
-    found = []
-    for weight in weights(model, mtp):
-        stored, scale = tensors.get(weight.name), tensors.get(weight.scale_name)
-        if stored is None:
-            continue
-        faults += _wrong(directory, weight, stored, scale)
-        found.append(Found(weight, stored, scale))
+    faults += wrong(directory, model, mtp)
     if faults:
         raise UserError(_first(faults))
-    return found
+    return present(directory, model, mtp)
 
 
-def _wrong(directory: Directory, weight: Weight, stored: Stored, scale: Stored | None) -> list[str]:
+def present(directory: Directory, model: Model, mtp: int) -> list[Found]:
+    """The tensors of the model that the files have."""
+    tensors = directory.tensors
+    return [
+        Found(weight, tensors[weight.name], tensors.get(weight.scale_name))
+        for weight in weights(model, mtp)
+        if weight.name in tensors
+    ]
+
+
+def wrong(directory: Directory, model: Model, mtp: int) -> list[str]:
+    """What is wrong with the shapes and types of the tensors that are there, one line each."""
+    return [fault for found in present(directory, model, mtp) for fault in _wrong(directory, found)]
+
+
+def _wrong(directory: Directory, found: Found) -> list[str]:
+    weight, stored, scale = found.weight, found.stored, found.scale
     place = f"{stored.file}: {weight.name}"
     if stored.shape != weight.shape:
         return [f"{place} is {list(stored.shape)}, and config.json makes it {list(weight.shape)}"]

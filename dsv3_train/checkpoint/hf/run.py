@@ -33,7 +33,7 @@ def differences(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[str], list
     The training state (optimizer, averages, random numbers) is no surplus.
     """
     wanted = {weight.key for weight in _weights(recipe)}
-    surplus = [key for key in checkpoint.tensors if key not in wanted and not key.startswith(_TRAINING_STATE)]
+    surplus = [key for key in checkpoint.tensors if key not in wanted and not is_training_state(key)]
     return sorted(wanted - checkpoint.tensors.keys()), sorted(surplus)
 
 
@@ -47,14 +47,20 @@ def checkpoint_side(path: Path, recipe: Recipe, mtp: int | None = None) -> list[
     missing, surplus = differences(checkpoint, recipe)
     faults = [f"no tensor {key}" for key in missing]
     faults += [f"{key} is no tensor of the recipe's model" for key in surplus]
-    faults += dict.fromkeys(_wrong_shapes(checkpoint, recipe))
+    faults += dict.fromkeys(wrong_shapes(checkpoint, recipe))
     if faults:
         more = f" (and {len(faults) - 1} more differences)" if len(faults) > 1 else ""
         raise UserError(f"{path}: a checkpoint of another model: {faults[0]}{more}; check recipe.yaml beside it")
     return [Sharded(weight, path, checkpoint.tensors[weight.key].dtype) for weight in _weights(recipe, mtp)]
 
 
-def _wrong_shapes(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[str]:
+def is_training_state(key: str) -> bool:
+    """Whether a checkpoint's tensor is no weight: of the optimizer, an average, a random number generator."""
+    return key.startswith(_TRAINING_STATE)
+
+
+def wrong_shapes(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[str]:
+    """`KEY is [..], not [..]` for each tensor that has another shape than the recipe's model."""
     for weight in _weights(recipe):
         tensor = checkpoint.tensors.get(weight.key)
         if tensor is not None and tensor.shape != weight.key_shape:

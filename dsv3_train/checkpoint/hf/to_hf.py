@@ -29,6 +29,7 @@ Dtype = Literal["bf16", "fp8", "fp32"]
 Mtp = Literal["keep", "drop"]
 MAIN: dict[Dtype, str] = {"bf16": "BF16", "fp8": "F8_E4M3", "fp32": "F32"}
 """Type of matrices for each value of `--dtype`."""
+_CHOICE: dict[str, Dtype] = {"BF16": "bf16", "F8_E4M3": "fp8", "F32": "fp32"}
 _LARGEST_FILE = 5_000_000_000  # bytes of tensors, as transformers cut files up to its version 4
 
 
@@ -99,7 +100,7 @@ def make_plan(checkpoint: Path, dtype: Dtype | None, mtp: Mtp | None) -> Plan:
         side = checkpoint_side(checkpoint, recipe, mtp=0)
         modules = 0
     main = came_from.main_dtype if came_from else MAIN[recipe.precision.params]
-    chosen: Dtype = dtype or next(name for name, of in MAIN.items() if of == main)
+    chosen: Dtype = dtype if dtype is not None else _CHOICE[main]
     powers_of_two = _scale_format(came_from) == "ue8m0"
     outputs = {one.weight.name: Output(one, _dtype(one.weight, chosen, came_from), powers_of_two) for one in side}
     names = [tensor for output in outputs.values() for tensor in _tensors(output)]

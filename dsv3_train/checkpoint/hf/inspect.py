@@ -1,0 +1,78 @@
+"""`dsv3 convert inspect`: what a Hugging Face directory or a checkpoint holds, from headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from dsv3_train.checkpoint.directory import resolve
+from dsv3_train.checkpoint.hf import config as configs
+from dsv3_train.checkpoint.hf import run
+from dsv3_train.checkpoint.hf.files import itemsize
+from dsv3_train.checkpoint.hf.names import SCALE
+from dsv3_train.checkpoint.hf.published import differences, open_directory, wrong
+from dsv3_train.checkpoint.hf.sharded import open_checkpoint
+from dsv3_train.recipe.schema import Model
+
+
+def is_published(path: Path) -> bool:
+    """Whether `path` is a Hugging Face directory (or looks most like one)."""
+    return (path / "config.json").is_file() or any(path.glob("*.safetensors*"))
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Counts, types and bytes of a directory or checkpoint, and what is missing or surplus by its configuration.
+
+    `weights`, `scales`: tensors; `values`: numbers in the weights; `dtypes`: tensors of each type; `missing`,
+    `surplus`: names; `problems`: what is damaged or wrong, one line each.
+
+    Raises:
+        UserError: neither of the two, or of a model that is not supported.
+    """
+    return _published(path) if is_published(path) else _sharded(resolve(path))
+
+
+def _published(path: Path) -> dict[str, Any]:
+    directory = open_directory(path)
+    tensors = directory.tensors
+    model = Model.model_validate(configs.model_of(directory.config, str(path / "config.json")))
+    missing, surplus = differences(directory, model, directory.mtp)
+    weights = [tensor for name, tensor in tensors.items() if not name.endswith(SCALE)]
+    return {
+        "kind": "hugging-face",
+        "path": str(path),
+        "weights": len(weights),
+        "scales": len(tensors) - len(weights),
+        "values": sum(prod(tensor.shape) for tensor in weights),
+        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "files": len({tensor.file for tensor in tensors.values()}),
+        "dtypes": dict(Counter(tensor.dtype for tensor in tensors.values())),
+        "mtp": directory.mtp,
+        "declared_mtp": directory.declared_mtp,
+        "missing": missing,
+        "surplus": surplus,
+        "problems": [*directory.problems, *wrong(directory, model, directory.mtp)],
+    }
+
+
+def _sharded(path: Path) -> dict[str, Any]:
+    checkpoint, recipe = open_checkpoint(path), run.recipe_beside(path)
+    missing, surplus = run.differences(checkpoint, recipe)
+    weights = [tensor for key, tensor in checkpoint.tensors.items() if not run.is_training_state(key)]
+    return {
+        "kind": "megatron",
+        "path": str(path),
+        "weights": len(weights),
+        "scales": 0,
+        "values": sum(prod(tensor.shape) for tensor in weights),
+        "bytes": sum(prod(tensor.shape) * itemsize(tensor.dtype) for tensor in weights),
+        "files": len({chunk.file for tensor in weights for chunk in tensor.chunks}),
+        "dtypes": dict(Counter(tensor.dtype for tensor in weights)),
+        "mtp": recipe.model.num_nextn_predict_layers,
+        "training_state": len(checkpoint.tensors) - len(weights),
+        "missing": missing,
+        "surplus": surplus,
+        "problems": list(dict.fromkeys(run.wrong_shapes(checkpoint, recipe))),
+    }

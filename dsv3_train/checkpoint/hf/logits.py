@@ -1,0 +1,125 @@
+"""Logits of two sets of weights on the same tokens: by this project's model, Hugging Face's files by transformers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import psutil
+import torch
+
+from dsv3_train.checkpoint.hf import config as configs
+from dsv3_train.checkpoint.hf.names import weights
+from dsv3_train.checkpoint.hf.verify import Weights
+from dsv3_train.errors import UserError
+from dsv3_train.recipe import load as recipes
+from dsv3_train.recipe.schema import Recipe
+from dsv3_train.runtime import distributed
+from dsv3_train.runtime.launch import launch
+
+TOKENS = 32
+"""Of the one sequence that is compared."""
+_ONE_PROCESS = [
+    "parallel={world_size: 1, zero1: false}",
+    "pipeline={}",
+    "precision={params: fp32, adam_moments: fp32}",
+    "model.num_nextn_predict_layers=0",
+    "schedule.mtp_weight=0",
+    "training.recompute=[]",
+    "runtime.device=cpu",
+]
+
+
+def compare_logits(a: Weights, b: Weights) -> dict[str, Any]:
+    """`max_abs_difference` and `relative_difference` (norm of the difference over A's) of FP32 logits on random tokens.
+
+    Hugging Face's files are run by transformers where that is installed and knows the model, so that our model is
+    held against another implementation; `by` says what ran each. Both are on the CPU, in this process, one at a time.
+
+    Raises:
+        UserError: the model does not fit this machine's memory, or there is a GPU that this process sees.
+    """
+    needed = 4 * sum(weight.values for weight in weights(a.model, 0)) * 2
+    if needed > (free := psutil.virtual_memory().available):
+        raise UserError(f"logits: would take {needed:,} bytes of memory, and {free:,} are free; leave --logits out")
+    generator = torch.Generator().manual_seed(0)
+    tokens_1s = torch.randint(0, a.model.vocab_size, (1, TOKENS), generator=generator)
+    found, by = [], []
+    for side in (a, b):
+        reference = _transformers(side)
+        by.append("transformers" if reference else "dsv3-train")
+        found.append(reference(tokens_1s) if reference else _ours(side, tokens_1s))
+    difference = found[0] - found[1]
+    return {
+        "max_abs_difference": float(difference.abs().max()),
+        "relative_difference": float(difference.norm() / found[0].norm()),
+        "tokens": TOKENS,
+        "by": by,
+    }
+
+
+def _ours(side: Weights, tokens_1s: torch.Tensor) -> torch.Tensor:
+    """[1, s] tokens -> [1, s, vocabulary] of this project's model."""
+    # Nothing here needs a GPU, and a CPU run refuses to see one.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    distributed.prepare_import("cpu")
+    recipe = _recipe(side)
+    logits: list[torch.Tensor] = []
+    launch(lambda: logits.append(_forward(recipe, side, tokens_1s)), 1, "cpu")
+    return logits[0]
+
+
+def _recipe(side: Weights) -> Recipe:
+    if side.directory is not None:
+        plain = configs.derive(side.directory.config, "verify", 0, "F32")
+        return recipes.build(plain, str(side.path / "config.json"), _ONE_PROCESS)
+    return recipes.load(str(side.path.parent.parent / "recipe.yaml"), _ONE_PROCESS)
+
+
+@torch.no_grad()
+def _forward(recipe: Recipe, side: Weights, tokens_1s: torch.Tensor) -> torch.Tensor:
+    from dsv3_train.checkpoint.hf.fill import fill
+    from dsv3_train.model.build import build_chunks
+    from dsv3_train.model.config import megatron_config
+
+    distributed.start(recipe, "cpu")
+    try:
+        model = build_chunks(recipe, megatron_config(recipe, "cpu"))[0].eval()
+        fill([model], side.tensors.values())
+        return model(tokens_1s, torch.arange(tokens_1s.size(1))[None], None).float()
+    finally:
+        distributed.stop()
+
+
+def _transformers(side: Weights) -> Any:
+    """A function as `_ours` by transformers; None: it is not installed, or has no such model."""
+    if side.directory is None or importlib.util.find_spec("transformers") is None:
+        return None
+    config = {key: value for key, value in side.directory.config.items() if key != "quantization_config"}
+    kinds = {"deepseek_v3": "DeepseekV3", "kimi_k2": "DeepseekV3"}
+    if config["model_type"] not in kinds:
+        return None  # its DeepseekV2 leaves out the softmax scale of YaRN
+    import transformers
+
+    name = kinds[config["model_type"]]
+    if not hasattr(transformers, f"{name}ForCausalLM"):
+        return None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    state = {weight.name: _whole(side.tensors[weight.name]) for weight in weights(side.model, 0)}
+    settings = getattr(transformers, f"{name}Config").from_dict({**config, "torch_dtype": "float32"})
+    settings._attn_implementation = "eager"
+    model = getattr(transformers, f"{name}ForCausalLM").from_pretrained(
+        None, config=settings, state_dict=state, torch_dtype=torch.float32
+    )
+
+    def logits(tokens_1s: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model.eval()(tokens_1s).logits.float()
+
+    return logits
+
+
+def _whole(side: Any) -> torch.Tensor:
+    return side.rows(0, side.weight.shape[0]).float().clone()
