@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from dsv3_cli import data, doctor, generate, pipeline, recipes, train
+from dsv3_cli import convert, data, doctor, generate, pipeline, recipes, train
 from dsv3_train.errors import UserError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command("generate")(generate.generate)
 app.command("doctor")(doctor.doctor)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(data.app, name="data")
+app.add_typer(convert.app, name="convert")
 app.add_typer(pipeline.app, name="pipeline")
 
 
