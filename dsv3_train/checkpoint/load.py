@@ -92,6 +92,9 @@ def load_training(
         UserError: not a checkpoint, damaged, or of another model.
     """
     common = _common(path)
+    if "optimizer" not in common:  # weights alone, as `dsv3 convert from-hf` leaves them
+        load_weights(path, chunks)
+        return Position(), Guarded(), begin_from_weights(optimizer, ema)
     notes = []
     same_layout = common["topology"] == topology(recipe)
     state = training_state(
@@ -106,9 +109,19 @@ def load_training(
     optimizer.load_state_dict(loaded["optimizer"])
     if "ema" in loaded and ema is not None:
         ema.load_state_dict(loaded["ema"])
+    elif ema is not None:
+        ema.restart()
     if same_layout:
         set_random_state(loaded["random"])
     return Position(**loaded["position"]), Guarded(**loaded.get("guarded", {})), notes
+
+
+def begin_from_weights(optimizer: MegatronOptimizer, ema: ParameterEma | None) -> list[str]:
+    """Let optimizer and average take up the weights that were put into the model; returns what to say of it."""
+    optimizer.reload_model_params()
+    if ema is not None:
+        ema.restart()
+    return ["weights alone were loaded: optimizer and schedules begin afresh"]
 
 
 def load_weights(path: Path, chunks: list[GPTModel]) -> Position:

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsv3_train.checkpoint.hf.origin import FOLDER
 from dsv3_train.data.tokenizer import Tokenizer, tokenizer_path
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.load import load
@@ -48,7 +49,9 @@ def run(checkpoint: Path, overrides: list[str], request: Request) -> None:
     recipe = load(str(recipe_file), [*_ONE_PROCESS, *overrides])
     if recipe.parallel.pipeline > 1 or recipe.parallel.tensor > 1:
         raise UserError("parallel: generation spreads over expert-parallel ranks only; set parallel.expert alone")
-    tokenizer = Tokenizer.load(tokenizer_path(recipe))
+    carried = checkpoint.parent.parent / FOLDER / "tokenizer.json"  # of the files that it was converted from
+    own = recipe.data.tokenizer or not carried.is_file()
+    tokenizer = Tokenizer.load(tokenizer_path(recipe) if own else carried)
     device = distributed.device_of(recipe)
     distributed.prepare_import(device)
     launch(lambda: _on_rank(recipe, checkpoint, tokenizer, request, device), recipe.parallel.world_size, device)

@@ -44,6 +44,12 @@ class ParameterEma:
             copied.record()
         self._pending = self._thread.submit(self._average, copied)
 
+    def restart(self) -> None:
+        """Begin anew from the parameters as they are now."""
+        self.wait()
+        for average, entry in zip(self._averages, self._entries, strict=True):
+            average.copy_(entry.data.detach())
+
     def wait(self) -> None:
         """Until the last update is in."""
         if self._pending is not None:

@@ -252,7 +252,7 @@ class Checkpoint(Section):
     asynchronous: bool = True
     """Write while training goes on."""
     load: Union[str, None] = None
-    """A checkpoint to begin from when the run directory has none yet."""
+    """A checkpoint to begin from when the run directory has none yet; `hf:PATH`: a Hugging Face directory."""
     verify: bool = True
     """Compare every file with its checksum before a resume; a damaged checkpoint is set aside, the one before used."""
 

@@ -57,6 +57,8 @@ def refuse_unready(recipe: Recipe) -> None:
     """
     if recipe.parallel.context > 1:
         raise UserError("parallel.context: context parallelism cannot run yet; set parallel.context=1")
+    if recipe.model.scoring_func != "sigmoid":
+        raise UserError("model.scoring_func: softmax cannot train yet; set model.scoring_func=sigmoid for a new model")
 
 
 def _ready_data(recipe: Recipe) -> None:

@@ -10,7 +10,9 @@ import torch
 from megatron.core import parallel_state
 
 from dsv3_train.checkpoint.directory import discard_after, resolve
-from dsv3_train.checkpoint.load import load_training, newest
+from dsv3_train.checkpoint.hf.fill import load_published
+from dsv3_train.checkpoint.hf.origin import PREFIX
+from dsv3_train.checkpoint.load import begin_from_weights, load_training, newest
 from dsv3_train.checkpoint.save import CheckpointWriter
 from dsv3_train.checkpoint.state import Position, training_state
 from dsv3_train.data import batches as data_batches
@@ -107,8 +109,13 @@ class Run:
     def _resume(self, told) -> None:
         """The newest whole checkpoint of this run, else the one that the recipe begins from, else the start."""
         path = newest(self.run_dir / "checkpoints", self.recipe.checkpoint.verify, self.guard.skips.against, told)
-        if path is None and self.recipe.checkpoint.load:
-            path = resolve(Path(self.recipe.checkpoint.load))
+        begin = self.recipe.checkpoint.load
+        if path is None and begin and begin.startswith(PREFIX):
+            for note in self._load_published(Path(begin.removeprefix(PREFIX))):
+                told(note)
+            return
+        if path is None and begin:
+            path = resolve(Path(begin))
         if path is not None:
             for note in self._load(path):
                 told(note)
@@ -119,6 +126,12 @@ class Run:
         self.position, guarded, notes = load_training(path, self.recipe, trainer.models, trainer.optimizer, self.ema)
         self.guard.restore(guarded)
         return [f"resumed from {path} at step {self.position.step}", *notes]
+
+    def _load_published(self, path: Path) -> list[str]:
+        """Begin from the weights of a Hugging Face directory."""
+        trainer = self.trainer
+        notes = load_published(path, self.recipe, trainer.models)
+        return [f"began from {path}", *notes, *begin_from_weights(trainer.optimizer, self.ema)]
 
     def train(self, stop_after: int | None = None) -> None:
         """To the end of the recipe's duration; or until step `stop_after`, as if interrupted there.
