@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from typing import Literal
 
-from dsv3_train.pipeline.operations import Compute, Message, Op, Schedule, Transfer, made, needed
-from dsv3_train.pipeline.simulate import Deadlock, simulate
-
-_KINDS: tuple[Literal["F", "B", "I", "W"], ...] = ("F", "B", "I", "W")
+from dsv3_train.pipeline.operations import Compute, Exchange, Message, Op, Schedule, Transfer, made, needed
 
 
 class Unsound(Exception):
@@ -41,17 +37,12 @@ def findings(schedule: Schedule, forward_only: bool = False) -> list[str]:
     found = [*_operations(schedule, forward_only), *_channels(schedule)]
     for rank, events in enumerate(schedule.events):
         found += _Rank(schedule, rank).run(events)
-    if not found:
-        try:
-            simulate(schedule, lambda ops: 0.0, blocking=True)
-        except Deadlock as deadlock:
-            found.append(f"deadlock: {deadlock}")
-    return found
+    return found or list(_deadlock(schedule))
 
 
 def _operations(schedule: Schedule, forward_only: bool) -> Iterator[str]:
     """Every operation once, on its own rank."""
-    counts = Counter(
+    counts: Counter[tuple[int, tuple]] = Counter(
         (rank, op)
         for rank, events in enumerate(schedule.events)
         for event in events
@@ -61,14 +52,14 @@ def _operations(schedule: Schedule, forward_only: bool) -> Iterator[str]:
     for rank in range(schedule.ranks):
         for direction, stage in schedule.chunks(rank):
             for micro_batch in range(schedule.micro_batches[direction]):
-                times = [counts.pop((rank, Op(kind, direction, stage, micro_batch)), 0) for kind in _KINDS]
+                times = [counts.pop((rank, (kind, direction, stage, micro_batch)), 0) for kind in "FBIW"]
                 where = f"rank {rank}, {_of((direction, stage, micro_batch))}"
                 if times[0] != 1:
                     yield f"{where}: {times[0]} forwards"
                 if times[1:] not in ([[0, 0, 0]] if forward_only else [[1, 0, 0], [0, 1, 1]]):
                     yield f"{where}: {times[1]} B, {times[2]} I and {times[3]} W"
     for rank, op in counts:
-        yield f"rank {rank} has no place for {op.kind} of {_of(op[1:])}"
+        yield f"rank {rank} has no place for {op[0]} of {_of(op[1:])}"
 
 
 def _channels(schedule: Schedule) -> Iterator[str]:
@@ -96,11 +87,44 @@ def _channels(schedule: Schedule) -> Iterator[str]:
                 yield f"{name}: {len(there)} sent, {len(here)} received"
 
 
+def _deadlock(schedule: Schedule) -> Iterator[str]:
+    """Ranks that wait for each other for ever, in a schedule without other faults: only exchanges can make them wait.
+
+    An exchange is over once each of its partners has posted as many transfers the other way as the rank itself.
+    """
+    exchanges = [[event.transfers for event in events if isinstance(event, Exchange)] for events in schedule.events]
+    posted: Counter[tuple[int, int, bool]] = Counter()
+    """Per channel (from, to), and whether by the sender."""
+    waits_for: list[dict[tuple[int, int, bool], int] | None] = [None] * schedule.ranks
+    """In the exchange that a rank has posted: how many the other end of each channel must have posted."""
+    at = [0] * schedule.ranks
+    runnable = list(range(schedule.ranks))
+    while runnable:
+        rank = runnable.pop()
+        while at[rank] < len(exchanges[rank]):
+            awaited = waits_for[rank]
+            if awaited is None:
+                awaited = waits_for[rank] = {}
+                for sends, peer, _ in exchanges[rank][at[rank]]:
+                    source, target = (rank, peer) if sends else (peer, rank)
+                    posted[source, target, sends] += 1
+                    awaited[source, target, not sends] = posted[source, target, sends]
+                    runnable.append(peer)
+            if any(posted[end] < count for end, count in awaited.items()):
+                break
+            waits_for[rank] = None
+            at[rank] += 1
+    for rank, place in enumerate(at):
+        if place < len(exchanges[rank]):
+            ends = (f"{'send to' if s else 'receive from'} {p}: {_message(m)}" for s, p, m in exchanges[rank][place])
+            yield f"deadlock: rank {rank} waits in exchange {place} ({'; '.join(ends)})"
+
+
 class _Rank:
     """Walks through one rank's events with what is at hand on it."""
 
     def __init__(self, schedule: Schedule, rank: int) -> None:
-        self.schedule = schedule
+        self.stages = schedule.stages
         self.rank = rank
         self.holder = {chunk: r for r in range(schedule.ranks) for chunk in schedule.chunks(r)}
         self.done: set[Op] = set()
@@ -120,7 +144,7 @@ class _Rank:
                 before = op._replace(kind="I" if op.kind == "W" else "F")
                 if before not in self.done:
                     yield f"{op.kind} of {_of(op[1:])} without its {before.kind} before it"
-            message = needed(op, self.schedule.stages)
+            message = needed(op, self.stages)
             if message is not None and message not in self.at_hand:
                 yield f"{op.kind} of {_of(op[1:])} before {_message(message)} is there"
         self.done.update(ops)

@@ -19,7 +19,7 @@ def with_exchanges(schedule: Schedule) -> Schedule:
     later one: no deadlock, even if every exchange waits for its partners; and of two messages from one rank to another
     the one sent first is received first. Transfers between the same two computations are posted together.
     """
-    timeline = simulate(schedule, UNIT.of(schedule)).timeline
+    timeline, stages = simulate(schedule, UNIT.of(schedule)).timeline, schedule.stages
     sources: dict[Message, tuple[int, float]] = {
         message: (rank, span.end)
         for rank, spans in enumerate(timeline)
@@ -32,7 +32,7 @@ def with_exchanges(schedule: Schedule) -> Schedule:
     for rank, spans in enumerate(timeline):
         for span in spans:
             for op in span.ops:
-                message = needed(op, schedule.stages)
+                message = needed(op, stages)
                 if message is None or sources[message][0] == rank:
                     continue
                 source, ready = sources[message]

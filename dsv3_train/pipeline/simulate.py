@@ -69,7 +69,7 @@ def simulate(schedule: Schedule, duration: Duration, latency: float = 0.0, block
     Raises:
         Deadlock: no rank can go on.
     """
-    ranks = [_Rank() for _ in schedule.events]
+    ranks, stages = [_Rank() for _ in schedule.events], schedule.stages
     posted: defaultdict[tuple[tuple[int, int], bool], list[float]] = defaultdict(list)
     """Per channel (from, to) and end (sending or not): when each transfer was posted, in order."""
     there: dict[Message, tuple[float, int]] = {}
@@ -81,7 +81,7 @@ def simulate(schedule: Schedule, duration: Duration, latency: float = 0.0, block
         rank = ranks[number]
         start = rank.now
         for op in ops:
-            message = needed(op, schedule.stages)
+            message = needed(op, stages)
             if message is None:
                 continue
             if message not in there:
