@@ -37,11 +37,11 @@ CASES = {
         "hold only 4; set it to 4 or less",
         ["model.num_experts_per_tok=4"],
     ),
-    "group scores": (
-        ["model.topk_group=4"],
-        "model.topk_group",
-        "a group is scored by its best 1 experts",
-        ["model.topk_group=2"],
+    "softmax in groups": (
+        ["model.scoring_func=softmax"],
+        "model.n_group",
+        "4 groups with scoring_func softmax",
+        ["model.scoring_func=sigmoid"],
     ),
     "dense layers": (
         ["model.first_k_dense_replace=5"],

@@ -11,6 +11,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from dsv3_train.model import routing
 from dsv3_train.model.stage import Place, Stage, places
 from dsv3_train.recipe.chunks import MIRRORED
 from dsv3_train.recipe.schema import Recipe
@@ -35,6 +36,7 @@ def build_stage(recipe: Recipe, config: MLATransformerConfig, place: Place) -> S
 
 
 def _build(recipe: Recipe, config: MLATransformerConfig, place: Place) -> Stage:
+    routing.install()
     use_te = config.transformer_impl == "transformer_engine"
     options = {"use_transformer_engine": use_te, "normalization": "RMSNorm"}
     block = get_gpt_decoder_block_spec(config, vp_stage=place.virtual, **options)

@@ -78,15 +78,6 @@ def _routing(recipe: Recipe) -> Faults:
             f"{m.num_experts_per_tok} experts per token, but topk_group {m.topk_group} groups hold only {reach}; "
             f"set it to {reach} or less, or raise model.topk_group",
         )
-    elif m.n_group > 1 and m.num_experts_per_tok // m.topk_group != 2:
-        # DeepSeek-V3 scores a group by its best 2 experts whatever else; Megatron-core 0.16 (group_limited_topk) by
-        # its best num_experts_per_tok / topk_group.
-        yield (
-            "model.topk_group",
-            f"a group is scored by its best {m.num_experts_per_tok // m.topk_group} experts "
-            f"(num_experts_per_tok {m.num_experts_per_tok} / topk_group {m.topk_group}), which has to be 2 as in "
-            f"DeepSeek-V3; set it to {max(1, m.num_experts_per_tok // 2)}, or model.n_group=1 and model.topk_group=1",
-        )
     elif m.n_group > 1 and m.n_routed_experts // m.n_group < 2:
         yield "model.n_group", f"groups of one expert; set it to {m.n_routed_experts // 2} or less"
 
