@@ -88,7 +88,7 @@ def compare(
 ) -> None:
     """Bubble, activations in flight and copies of the parameters of every schedule, beside the closed formulas.
 
-    Example: dsv3 pipeline compare --ranks 8 --micro-batches 32 --durations F=1,I=1,W=1,FB=2.5
+    Example: dsv3 pipeline compare --ranks 8 --durations F=2,I=2,W=1,FB=3
     """
     from dsv3_train.errors import UserError
     from dsv3_train.pipeline.compare import Conditions

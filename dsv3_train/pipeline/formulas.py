@@ -59,6 +59,7 @@ def closed(schedule: Schedule, durations: Durations, pairs: bool = False) -> Clo
     enough = count >= 2 * ranks
     if kind == "zbv":
         holds = enough and forward == inputs and inputs / 2 <= weights <= inputs
+        work = count * (forward + inputs + weights)  # never a whole backward
         return Closed((ranks - 1) * forward / 2, work, ranks, "M >= 2P, F = I, I/2 <= W <= I", holds)
     # The dual schedules: what a rank idles least of is pairs, which overlap saves from.
     steady = forward == inputs and weights <= inputs and whole == inputs + weights and durations.hidden >= 0
