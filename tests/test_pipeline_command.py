@@ -220,13 +220,13 @@ def test_pictures_are_written_whole(tmp_path):
 @pytest.mark.parametrize("colours", [None, "truecolor"])
 @pytest.mark.parametrize("width", [80, 132])
 def test_terminal_picture_fits(width, colours):
-    for kind, ranks, micro_batches in (("dualpipe", 8, 20), ("zbv", 4, 8), ("1f1b", 16, 64)):
+    for kind, ranks, micro_batches in (("dualpipe", 8, 20), ("zbv", 4, 8), ("1f1b", 16, 64), ("1f1b", 102, 2)):
         drawn = panel(kind, ranks, micro_batches)
         console = Console(width=width, color_system=colours, force_terminal=bool(colours), no_color=not colours)
         with console.capture() as captured:
             console.print(terminal(drawn, console))
         plain = re.sub(r"\x1b\[[0-9;]*m", "", captured.get())
-        rows = [line for line in plain.splitlines() if re.match(r" ?\d+ ", line) and line.rstrip()[-1].isdigit()]
+        rows = [line for line in plain.splitlines() if re.match(r" *\d+ ", line) and line.rstrip()[-1].isdigit()]
         assert len(rows) == ranks
         assert all(len(line) <= width for line in plain.splitlines())
         assert f"{drawn.run.bubbles[0]:.1%}" in rows[0]

@@ -142,6 +142,17 @@ def test_micro_batches_of_each_direction():
     assert build("dualpipev", 4, 9).micro_batches == (9,)
 
 
+@pytest.mark.parametrize("kind", ["1f1b", "zb1p", "zbv"])
+def test_a_tensor_leaves_right_after_it_is_made(kind):
+    """So that, where exchanges run beside computations, no schedule waits for more than its simulation does."""
+    for ranks, micro_batches in ((2, 5), (4, 9), (8, 32)):
+        for events in build(kind, ranks, micro_batches).events:
+            for before, exchange in pairwise(events):
+                if isinstance(exchange, Exchange):
+                    for transfer in exchange.transfers:
+                        assert not transfer.sends or makes(before, transfer.message)
+
+
 def test_transformed_schedules_keep_the_order():
     schedule = build("dualpipe", 4, 10)
     for rank in range(4):

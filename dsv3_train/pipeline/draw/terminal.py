@@ -12,23 +12,24 @@ from dsv3_train.pipeline.draw.panel import COLOURS, NAMES, Panel, chunk, chunk_n
 from dsv3_train.pipeline.operations import Op
 from dsv3_train.pipeline.simulate import Span, in_flight
 
-_LEFT, _RIGHT = 3, 12
-"""Columns of a rank's number, and of its bubble and peak in flight."""
+_RIGHT = 12
+"""Columns of a rank's bubble and peak in flight."""
 
 
 def terminal(panel: Panel, console: Console) -> Group:
     """One line per rank, within the console's width."""
     held, bubbles = in_flight(panel.schedule), panel.run.bubbles
-    columns = _columns(panel, console.width - _LEFT - _RIGHT)
+    left = max(2, len(str(panel.schedule.ranks - 1)))
+    columns = _columns(panel, console.width - left - 1 - _RIGHT)
     plain = console.color_system is None or console.no_color
     lines = [
         Text(panel.title, style="bold"),
         Text(panel.summary),
-        Text(f"{'':{_LEFT}}{'':{columns}}{'bubble':>7}{'held':>5}", style="dim"),
+        Text(f"{'':{left + 1 + columns}}{'bubble':>7}{'held':>5}", style="dim"),
     ]
     for rank in range(panel.schedule.ranks):
         cells = _letters(panel, rank, columns) if plain else _colours(panel, rank, columns)
-        lines.append(Text.assemble(f"{rank:>2} ", cells, f"{bubbles[rank]:>7.1%}{held[rank]:>5.3g}"))
+        lines.append(Text.assemble(f"{rank:>{left}} ", cells, f"{bubbles[rank]:>7.1%}{held[rank]:>5.3g}"))
     return Group(*lines, *_legend(panel, plain))
 
 
