@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from dsv3_cli import convert, data, doctor, generate, pipeline, recipes, train
+from dsv3_cli import convert, data, doctor, generate, pipeline, preflight, recipes, train
 from dsv3_train.errors import UserError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("doctor")(doctor.doctor)
+app.command("preflight")(preflight.preflight)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(data.app, name="data")
 app.add_typer(convert.app, name="convert")

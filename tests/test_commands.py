@@ -87,29 +87,63 @@ def test_checkpoints_that_are_refused(trained, tmp_path):
     longer = ["train", "smoke_parallel", *SMALL, "training.duration=8 steps"]
     before = (run / "metrics.jsonl").read_text()
 
+    generate = ["generate", "runs/smoke_parallel"]
+    piece = next(newest.glob("*.distcp"))
+    whole, sums = piece.read_bytes(), (newest / "manifest.json").read_bytes()
+    for damaged in (whole[:100], flipped(whole)):
+        piece.write_bytes(damaged)
+        refused(dsv3(*generate, cwd=tmp_path, check=False), str(newest.name), "damaged", piece.name)
+
+    (newest / "manifest.json").unlink()  # as an older version left it, or somebody with bad intentions
+    piece.write_bytes(whole[:100])
+    refused(dsv3(*generate, cwd=tmp_path, check=False), str(newest.name), "damaged")
+    piece.write_bytes(whole)
+
     contents = (newest / ".metadata").read_bytes()
     (newest / ".metadata").write_bytes(pickle.dumps(_Harmful()))
-    refused(dsv3("generate", "runs/smoke_parallel", cwd=tmp_path, check=False), ".metadata", "mkdir")
-    refused(dsv3(*longer, cwd=tmp_path, check=False), ".metadata", "mkdir")
+    refused(dsv3(*generate, cwd=tmp_path, check=False), ".metadata", "mkdir")
     assert not (tmp_path / "harmed").exists()
     (newest / ".metadata").write_bytes(contents)
 
     common = (newest / "common.pt").read_bytes()
     (newest / "common.pt").write_bytes(common[: len(common) // 2])
-    refused(dsv3("generate", "runs/smoke_parallel", cwd=tmp_path, check=False), "common.pt")
+    refused(dsv3(*generate, cwd=tmp_path, check=False), "common.pt")
     (newest / "common.pt").write_bytes(common)
-
-    piece = next(newest.glob("*.distcp"))
-    whole = piece.read_bytes()
-    piece.write_bytes(whole[:100])
-    refused(dsv3("generate", "runs/smoke_parallel", cwd=tmp_path, check=False), str(newest.name), "damaged")
-    piece.write_bytes(whole)
+    (newest / "manifest.json").write_bytes(sums)
 
     refused(dsv3(*longer, "model.hidden_size=192", cwd=tmp_path, check=False), "recipe.yaml", "model.hidden_size")
     refused(dsv3(*longer, "pipeline={}", "parallel={world_size: 1}", "runtime.run_dir=runs/new", "model.v_head_dim=64",
                  f"checkpoint.load={newest}", cwd=tmp_path, check=False), "another model", "linear_proj")  # fmt: skip
     refused(dsv3("generate", "runs/none", cwd=tmp_path, check=False), "runs/none", "no checkpoint")
     assert (run / "metrics.jsonl").read_text() == before
+
+
+def flipped(data: bytes) -> bytes:
+    """With one bit wrong in the middle."""
+    at = len(data) // 2
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def test_damaged_checkpoints(trained, tmp_path):
+    """One wrong bit in the newest: named, set aside, and the one before it used. In all: refused."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    checkpoints = tmp_path / "runs" / "smoke_parallel" / "checkpoints"
+    longer = ["train", "smoke_parallel", *SMALL, "training.duration=7 steps", "checkpoint.interval=0"]
+
+    def damage(step: int) -> None:
+        piece = min((checkpoints / f"step_{step:08d}").glob("*.distcp"))
+        piece.write_bytes(flipped(piece.read_bytes()))
+
+    damage(6)
+    (checkpoints / "step_00000006" / "checked").touch()
+    done = dsv3(*longer, cwd=tmp_path)
+    assert "step_00000006: damaged (__0_0.distcp: its SHA-256" in done.stdout
+    assert "step_00000004 at step 4" in done.stdout
+    assert (checkpoints / "step_00000006.damaged" / "checked").is_file()
+    damage(4)
+    damage(7)
+    for _ in range(2):  # none is left to begin with the second time
+        refused(dsv3(*longer, cwd=tmp_path, check=False), "step_00000007", "damaged", "train anew")
 
 
 def test_data_that_is_not_there(tmp_path):

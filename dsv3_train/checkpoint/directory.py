@@ -41,6 +41,11 @@ def resolve(path: Path) -> Path:
     raise UserError(f"{path}: no checkpoint here; give a run directory, or one of its checkpoints/step_*")
 
 
+def damaged(root: Path) -> list[Path]:
+    """What `set_aside` left under `root`, newest first."""
+    return sorted(root.glob(f"step_*{DAMAGED}"), reverse=True)
+
+
 def set_aside(path: Path) -> None:
     """Rename a checkpoint that must not be resumed from; the space is its owner's to free."""
     aside = path.with_name(path.name + DAMAGED)

@@ -17,7 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dsv3_train.checkpoint import checksums
-from dsv3_train.checkpoint.directory import check_safe, complete, set_aside
+from dsv3_train.checkpoint.directory import DAMAGED, check_safe, complete, damaged, set_aside
 from dsv3_train.checkpoint.state import (
     Guarded,
     Position,
@@ -49,10 +49,11 @@ def newest(
         UserError: there are checkpoints, and all are damaged.
     """
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    listed: list[Any] = [complete(root)[::-1] if rank == 0 else None]
+    listed: list[Any] = [(complete(root)[::-1], damaged(root)) if rank == 0 else None]
     torch.distributed.broadcast_object_list(listed)
-    faults = []
-    for path in listed[0]:
+    paths, faults = listed[0]
+    passed_over = False
+    for path in paths:
         fault = checksums.fault(path, (rank, world)) if verify else None
         if rank == 0 and fault is None:
             try:
@@ -66,14 +67,16 @@ def newest(
             return path
         if fault is None:
             told(f"not resumed from {path.name}: {reason}")
+            passed_over = True
             continue
-        faults.append(f"{path}: damaged ({fault})")
-        told(f"{faults[-1]}; set aside as {path.name}.damaged")
+        faults.append(path)
+        told(f"{path}: damaged ({fault}); set aside as {path.name}{DAMAGED}")
         if rank == 0:
             set_aside(path)
-    if faults:
+    if faults and not passed_over:
         raise UserError(
-            f"{faults[0]}, and so is every other checkpoint there; nothing to go on from: remove {root} to train anew"
+            f"{max(faults)}: damaged, and no whole checkpoint is left to go on from; "
+            f"put one there, or remove {root} to train anew"
         )
     return None
 

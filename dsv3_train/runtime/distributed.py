@@ -6,6 +6,7 @@ import datetime
 import logging
 import os
 import warnings
+from typing import Any
 
 import torch
 
@@ -63,18 +64,24 @@ def prepare_import(device: str) -> None:
         ) from None
 
 
-def start(recipe: Recipe, device: str) -> None:
+def start(recipe: Recipe, device: str, store: torch.distributed.Store | None = None) -> None:
     """Join the process group and divide it as `recipe.parallel` says.
 
     The order of ranks is Megatron's: tensor, context, expert, data, pipeline (fastest first).
+
+    Args:
+        store: where the ranks have met (runtime/rendezvous.py); None: they meet now.
     """
+    options: dict[str, Any] = {}
+    if store is not None:
+        options = {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
     if device == "cpu":
         torch.set_num_threads(1)
-        torch.distributed.init_process_group("gloo", timeout=_TIMEOUT)
+        torch.distributed.init_process_group("gloo", timeout=_TIMEOUT, **options)
     else:
         gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(gpu)
-        torch.distributed.init_process_group("nccl", timeout=_TIMEOUT, device_id=gpu)
+        torch.distributed.init_process_group("nccl", timeout=_TIMEOUT, device_id=gpu, **options)
     _divide(recipe)
     if recipe.pipeline.schedule in SCHEDULED:
         from dsv3_train.runtime import pipeline_groups

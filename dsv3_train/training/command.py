@@ -12,7 +12,7 @@ from dsv3_train.data.prepare import prepare
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.load import dump, load
 from dsv3_train.recipe.schema import Recipe
-from dsv3_train.runtime import deterministic, distributed, heartbeat
+from dsv3_train.runtime import deterministic, distributed, heartbeat, preflight_run
 from dsv3_train.runtime.launch import ATTEMPT, Restarts, joined_world, launch
 from dsv3_train.runtime.signals import StopRequest
 from dsv3_train.runtime.watchdog import Watchdog
@@ -89,15 +89,14 @@ def _on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) -> Non
     from dsv3_train.training.run import Run
     from dsv3_train.training.rundir import open_run_dir
 
-    distributed.start(recipe, device)
-    startup.mark("process groups")
     run_dir = _run_dir(recipe)
+    notes = preflight_run.join(recipe, device, run_dir)
+    startup.mark("process groups")
     beat = heartbeat.start(run_dir / "heartbeats", torch.distributed.get_rank())
-    notes = []
     if torch.distributed.get_rank() == 0:
         if joined:
             _ready_data(recipe)
-        notes = open_run_dir(run_dir, recipe, dump(recipe), topology(recipe))
+        notes += open_run_dir(run_dir, recipe, dump(recipe), topology(recipe))
     torch.distributed.barrier()
     run = Run(recipe, run_dir, device, startup, notes, stop)
     watchdog = Watchdog(beat, run_dir, recipe.parallel.world_size, recipe.faults.hang_seconds)

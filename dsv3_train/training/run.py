@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
-from dsv3_train.checkpoint.directory import discard_after, resolve
+from dsv3_train.checkpoint.directory import complete, discard_after, resolve
 from dsv3_train.checkpoint.hf.fill import load_published
 from dsv3_train.checkpoint.hf.origin import PREFIX
 from dsv3_train.checkpoint.load import begin_from_weights, load_training, newest
@@ -18,6 +18,7 @@ from dsv3_train.checkpoint.state import Position, training_state
 from dsv3_train.data import batches as data_batches
 from dsv3_train.data import datasets, manifest
 from dsv3_train.data.sets import train_sets
+from dsv3_train.errors import UserError
 from dsv3_train.optim.ema import ParameterEma
 from dsv3_train.optim.schedules import Schedules, Values
 from dsv3_train.recipe.schema import Recipe
@@ -109,6 +110,11 @@ class Run:
     def _resume(self, told) -> None:
         """The newest whole checkpoint of this run, else the one that the recipe begins from, else the start."""
         path = newest(self.run_dir / "checkpoints", self.recipe.checkpoint.verify, self.guard.skips.against, told)
+        if path is None and complete(self.run_dir / "checkpoints"):
+            raise UserError(
+                f"{self.run_dir}: every checkpoint was trained on samples that {self.guard.skips.path} passes over; "
+                "take their lines out of it to go on nevertheless"
+            )
         begin = self.recipe.checkpoint.load
         if path is None and begin and begin.startswith(PREFIX):
             for note in self._load_published(Path(begin.removeprefix(PREFIX))):

@@ -44,7 +44,7 @@ class Skips:
         Raises:
             UserError: its file holds something else.
         """
-        self._path = run_dir / NAME
+        self.path = run_dir / NAME
         told = [text.split("-") for text in from_recipe]
         self.all = [Skip(int(first), int(last), "recipe") for first, last in told]
         self.all += read(run_dir)
@@ -63,12 +63,12 @@ class Skips:
         if not write:
             return
         try:
-            with self._path.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(skip)) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise UserError(f"{self._path}: cannot be written ({error.strerror}); free some space") from None
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); free some space") from None
 
     def rollbacks(self) -> int:
         """Spikes that the run rolled back from."""

@@ -1,0 +1,128 @@
+"""Pre-flight: who is missing, different, broken or slow is named."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from dsv3_train.errors import UserError
+from dsv3_train.runtime import preflight, preflight_run
+from dsv3_train.runtime.launch import launch
+from dsv3_train.runtime.preflight import Measurement, gpu_faults, node_faults, slow
+from dsv3_train.runtime.rendezvous import Presence, differences, meet
+
+
+def here(**facts) -> Presence:
+    return Presence(int(os.environ["RANK"]), **facts)
+
+
+def test_missing_rank_is_named():
+    def work() -> None:
+        if os.environ["RANK"] == "2":
+            return
+        meet(here(host="n0"), seconds=2, per_node=2)
+
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"within 2 s .*rank 2 \(number 0 of node 1\) did not appear; here are n0$"):
+        launch(work, 4, "cpu")
+    assert time.monotonic() - start < 15
+
+
+def test_missing_rank_0_is_named():
+    def work() -> None:
+        if os.environ["RANK"] == "0":
+            return
+        meet(here(host="n1"), seconds=2, per_node=2)
+
+    with pytest.raises(UserError, match=r"rank 1 on n1: no word from rank 0 at 127\.0\.0\.1:\d+ within 2 s"):
+        launch(work, 2, "cpu")
+
+
+def test_wrong_version_on_one_rank_is_named():
+    def work() -> None:
+        torch = "2.9.0" if os.environ["RANK"] == "1" else "2.13.0"
+        meet(here(host="n0", versions={"torch": torch, "python": "3.11"}), seconds=20, per_node=4)
+
+    with pytest.raises(UserError, match=r"^rank 1 on n0: torch is 2\.9\.0, and 2\.13\.0 on the other ranks"):
+        launch(work, 3, "cpu")
+
+
+def test_broken_node_is_named(tmp_path):
+    def work() -> None:
+        faults = ["no room"] if os.environ["RANK"] == "1" else []
+        meet(here(host="n" + os.environ["RANK"], faults=faults), seconds=20, per_node=1)
+
+    with pytest.raises(UserError, match=r"^rank 1 on n1: no room$"):
+        launch(work, 2, "cpu")
+
+
+def test_a_version_that_only_one_rank_has():
+    everyone = [Presence(rank, "h", {"torch": "1", **({"nccl": "2"} if rank < 2 else {})}) for rank in range(3)]
+    assert [line.split(";")[0] for line in differences(everyone)] == [
+        "rank 2 on h: nccl is None, and 2 on the other ranks"
+    ]
+
+
+def test_node_faults(tmp_path, monkeypatch):
+    from parity import tiny
+
+    assert node_faults(tiny(), "cpu", tmp_path / "not" / "yet") == []
+    monkeypatch.setattr(preflight, "_nvidia_smi", lambda: "")
+    missing = node_faults(tiny(parallel={"world_size": 4, "gpus_per_node": 4}), "cuda", tmp_path)
+    assert missing == ["0 GPUs that torch can use, 4 are needed"]
+    assert gpu_faults("0, 0, Not Active\n1, 3, Not Active\n2, [N/A], Active\n") == [
+        "GPU 1 has had 3 uncorrected memory errors; reset or replace it",
+        "GPU 2 is slowed down by its hardware (heat or power)",
+    ]
+
+
+def measured(rank: int, **changes) -> Measurement:
+    base = {"gemm_tflops": 600.0, "all_reduce": 0.01, "all_to_all": 0.01, "pipeline": 0.01}
+    group = [rank // 2 * 2, rank // 2 * 2 + 1]
+    return Measurement(rank, f"n{rank // 2}", expert_group=group, next_stage=(rank + 2) % 8, **{**base, **changes})
+
+
+def test_slow_ones_among_many():
+    assert slow([measured(rank) for rank in range(8)], 1.5) == []
+    gemm = [measured(rank, **({"gemm_tflops": 350.0} if rank == 5 else {})) for rank in range(8)]
+    assert slow(gemm, 1.5) == ["rank 5 on n2: matrix products at 350 TFLOPS, 600 are usual here"]
+    group = [measured(rank, **({"all_to_all": 0.03} if rank in (2, 3) else {})) for rank in range(8)]
+    assert slow(group, 1.5) == [
+        "expert-parallel group of ranks 2 and 3 on n1: all-to-all takes 30.0 ms, 10.0 are usual here"
+    ]
+    link = [measured(rank, **({"pipeline": 0.05} if rank == 6 else {})) for rank in range(8)]
+    assert slow(link, 1.5) == ["from rank 6 on n3 to rank 0: a message takes 50.0 ms, 10.0 are usual here"]
+
+
+def twenty_times_slower(device: str, fast=preflight.gemm_tflops, least=preflight._least) -> float:
+    preflight._least = lambda device, work, times: least(device, lambda: [work() for _ in range(20)], times)
+    try:
+        return fast(device)
+    finally:
+        preflight._least = least
+
+
+def test_slow_rank_is_named(tmp_path):
+    """Four processes in the groups of a run; on one of them products take twenty times as long."""
+    from dsv3_train.runtime import distributed
+    from parity import tiny
+
+    distributed.prepare_import("cpu")
+    parallel = {"world_size": 4, "pipeline": 2, "expert": 2}
+    recipe = tiny(parallel=parallel, pipeline={"layout": "Ett|ttmL"}, faults={"join_seconds": 60.0, "slow_factor": 5.0})
+
+    def work() -> None:
+        if os.environ["RANK"] == "2":
+            preflight.gemm_tflops = twenty_times_slower
+        slow = preflight_run.join(recipe, "cpu", tmp_path)
+        (tmp_path / os.environ["RANK"]).write_text("\n".join(slow))
+        distributed.stop()
+
+    launch(work, 4, "cpu")
+    told = [Path(tmp_path / str(rank)).read_text() for rank in range(4)]
+    assert told[0].startswith("pre-flight: rank 2 on "), told
+    assert "matrix products" in told[0]
+    assert len(set(told)) == 1
