@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: smoke test lint clean
+.PHONY: smoke test test-all lint clean
 
 smoke: $(VENV)/.installed
 	$(BIN)/dsv3 train smoke
 	$(BIN)/dsv3 generate runs/smoke --prompt "def " --max-tokens 60
 
 test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-test

@@ -100,6 +100,8 @@ def places(recipe: Recipe) -> list[Place]:
 class Stage(GPTModel):
     """Megatron-core's GPTModel of one stage, at a place."""
 
+    mtp_process: bool
+
     def __init__(self, *args: Any, place: Place, **kwargs: Any) -> None:
         self.place = place
         super().__init__(
@@ -122,7 +124,8 @@ class Stage(GPTModel):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """As Megatron-core's; a replica's tensors are marked as such, and a shared embedding is its owner's to give."""
         shared = "embedding" in self.__dict__
-        mtp, self.mtp_process = self.mtp_process, self.mtp_process and not shared
+        mtp: bool = self.mtp_process
+        self.mtp_process = mtp and not shared
         try:
             with self.place.view():
                 state = super().sharded_state_dict(prefix, sharded_offsets, metadata)

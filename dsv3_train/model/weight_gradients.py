@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import layers
@@ -21,7 +22,7 @@ _pending: dict[Hashable, list[Callable[[], object]]] = defaultdict(list)
 
 @contextlib.contextmanager
 def deferred(key: Hashable) -> Iterator[None]:
-    """Within, backward passes leave their weight gradients to `compute(key)`."""
+    """Within, backward passes leave their weight gradients to `compute(key)`; None: they do not."""
     global _current
     _current = key
     try:
@@ -44,8 +45,8 @@ def pending() -> list[Hashable]:
     return list(_pending)
 
 
-def _take(weight: torch.Tensor, product: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-    """A weight's gradient now, or nothing and the product for later."""
+def take(weight: torch.Tensor, product: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+    """In a backward function: the weight's gradient now, or, within `deferred`, None and `product` for later."""
     if _current is None:
         return product()
     _pending[_current].append(lambda: weight.main_grad.add_(product()))  # type: ignore[attr-defined]
@@ -66,7 +67,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
-        return gradient.matmul(weight), _take(weight, lambda: _product(gradient, x))
+        return gradient.matmul(weight), take(weight, lambda: _product(gradient, x))
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -92,7 +93,7 @@ class _GroupedLinear(torch.autograd.Function):
             return torch.stack([_product(*both) for both in zip(parts, x.split(counts), strict=True)])
 
         back = torch.cat([part.matmul(w) for part, w in zip(parts, weight, strict=True)])
-        return back, _take(weight, products), None
+        return back, take(weight, products), None
 
 
 def grouped_linear(x_ti: torch.Tensor, weight_eoi: torch.Tensor, counts: list[int]) -> torch.Tensor:
@@ -124,7 +125,7 @@ def _megatron_backward(ctx, gradient):
             torch.distributed.all_gather_into_tensor(whole, x.contiguous(), group=group)
         return _product(gradient, whole)
 
-    _take(weight, product)
+    take(weight, product)
     bias_gradient = gradient.reshape(-1, gradient.size(-1)).sum(0) if ctx.use_bias else None
     return input_gradient, None, bias_gradient, *(None,) * 6
 
@@ -138,7 +139,7 @@ def install() -> None:
     layers.LinearWithGradAccumulationAndAsyncCommunication.backward = staticmethod(_megatron_backward)
 
 
-def te_layers(chunk: torch.nn.Module) -> list[torch.nn.Module]:
+def te_layers(chunk: torch.nn.Module) -> list[Any]:
     """Transformer Engine's layers of a chunk that were built to keep weight gradients for `backward_dw`."""
     stores = ((module, getattr(module, "wgrad_store", None)) for module in chunk.modules())
     return [module for module, store in stores if store is not None and store.delay_wgrad_compute()]

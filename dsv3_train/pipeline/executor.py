@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel.schedules import backward_step, deallocate_output_tensor, forward_step
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_model_config
 
 from dsv3_train.model import weight_gradients
 from dsv3_train.model.stage import Place
 from dsv3_train.pipeline.generate import build, forward_only, whole_backwards
 from dsv3_train.pipeline.messages import Messages
-from dsv3_train.pipeline.operations import Compute, Message, Op, Schedule
+from dsv3_train.pipeline.operations import Compute, Exchange, Message, Op, Schedule
 from dsv3_train.pipeline.pairs import Pairs
 from dsv3_train.pipeline.timeline import Timeline
 
@@ -56,7 +59,7 @@ class Executor:
         *,
         forward_step_func: Callable,
         data_iterator: Sequence[Iterator | None],
-        model: Sequence[torch.nn.Module],
+        model: Sequence[DistributedDataParallel],
         num_microbatches: int,
         seq_length: int,
         micro_batch_size: int,
@@ -72,18 +75,26 @@ class Executor:
             data_iterator: one per chunk, each over the micro-batches of that chunk's direction.
             num_microbatches: of this data-parallel rank, both directions together.
         """
-        run = _Batch(self, forward_step_func, data_iterator, model, num_microbatches, forward_only)
-        run.shape = self._shape(run.config, seq_length, micro_batch_size)
-        run.collect_non_loss_data = collect_non_loss_data
+        config: TransformerConfig = get_model_config(model[0])
         self.timeline, self.paired = Timeline(), 0
-        run.execute(self.schedule(num_microbatches, forward_only))
-        if not forward_only and run.config.finalize_model_grads_func is not None:
+        run = _Batch(
+            self,
+            self.schedule(num_microbatches, forward_only),
+            forward_step_func,
+            data_iterator,
+            model,
+            self._shape(config, seq_length, micro_batch_size),
+            evaluation=forward_only,
+            collect_non_loss_data=collect_non_loss_data,
+        )
+        run.execute()
+        if not forward_only and config.finalize_model_grads_func is not None:
             tokens = None
-            if run.config.calculate_per_token_loss:
+            if config.calculate_per_token_loss:
                 # Megatron then broadcasts from the last rank, where the V has none of them.
                 torch.distributed.all_reduce(run.tokens, group=parallel_state.get_pipeline_model_parallel_group())
                 tokens = run.tokens
-            run.config.finalize_model_grads_func(list(model), tokens, force_all_reduce=force_all_reduce)
+            config.finalize_model_grads_func(list(model), tokens, force_all_reduce=force_all_reduce)
         return run.reported
 
     @staticmethod
@@ -101,21 +112,26 @@ class _Batch:
     def __init__(
         self,
         executor: Executor,
+        schedule: Schedule,
         forward_step_func: Callable,
         iterators: Sequence[Iterator | None],
-        model: Sequence[torch.nn.Module],
-        micro_batches: int,
+        model: Sequence[DistributedDataParallel],
+        shape: tuple[int, int, int],
+        *,
         evaluation: bool,
+        collect_non_loss_data: bool,
     ) -> None:
-        self.executor, self.messages = executor, executor.messages
-        self.step, self.iterators, self.model, self.evaluation = forward_step_func, iterators, model, evaluation
-        self.config: TransformerConfig = model[0].config
+        self.executor, self.messages, self.schedule = executor, executor.messages, schedule
+        self.step, self.iterators, self.model, self.shape = forward_step_func, iterators, model, shape
+        self.evaluation, self.collect_non_loss_data = evaluation, collect_non_loss_data
+        self.config: TransformerConfig = get_model_config(model[0])
         self.chunk = {(place.direction, place.stage): i for i, place in enumerate(executor.places)}
         # Each direction of dualpipe has half of the micro-batches and is averaged with the other by data parallelism,
         # so that its losses count over half their number, odd ones included.
-        self.averaged_over = micro_batches / 2 if executor.kind == "dualpipe" else micro_batches
-        self.shape: tuple[int, ...] = ()
-        self.collect_non_loss_data = False
+        self.averaged_over = sum(schedule.micro_batches) / len(schedule.micro_batches)
+        self.events = schedule.events[parallel_state.get_pipeline_model_parallel_rank()]
+        exchanges = [event for event in self.events if isinstance(event, Exchange)]
+        self.sent = {t.message for exchange in exchanges for t in exchange.transfers if t.sends}
         self.inputs: dict[_Key, torch.Tensor | None] = {}
         self.outputs: dict[_Key, torch.Tensor] = {}
         self.handed: dict[Message, torch.Tensor] = {}
@@ -124,29 +140,26 @@ class _Batch:
         self.reported: list = []
         self.tokens = torch.zeros([], dtype=torch.int, device=torch.cuda.current_device())
         self.pairs = Pairs(self) if executor.overlap and not evaluation else None
-        self.remaining: dict[int, int] = {}
+        self.remaining: Counter[int] = Counter()
+        """Backward operations that each chunk still has before its gradients are reduced."""
 
-    def execute(self, schedule: Schedule) -> None:
+    def execute(self) -> None:
         """Every event of this rank in order."""
-        rank = parallel_state.get_pipeline_model_parallel_rank()
-        events = schedule.events[rank]
-        sent = {t.message for event in events if not isinstance(event, Compute) for t in event.transfers if t.sends}
-        self.sent = sent
         with contextlib.ExitStack() as unsynchronised:
-            self._hold_reductions(events, unsynchronised)
-            for event in events:
-                if isinstance(event, Compute):
-                    # Waits for what has to arrive stay out of the operation's time.
-                    ready = [(op, self._await(op)) for op in event.ops]
-                    with self.executor.timeline.span(event.ops):
-                        self._compute(ready)
-                    self._reduce_finished(event.ops)
-                else:
+            self._hold_reductions(unsynchronised)
+            for event in self.events:
+                if isinstance(event, Exchange):
                     self.messages.post(event.transfers, self.outgoing, self.shape)
+                    continue
+                # Waits for what has to arrive stay out of the operation's time.
+                ready = [(op, self._await(op)) for op in event.ops]
+                with self.executor.timeline.span(event.ops):
+                    self._compute(ready)
+                self._reduce_finished(event.ops)
         self.messages.finish()
         left = [*self.inputs, *self.outputs, *self.handed, *self.outgoing, *weight_gradients.pending()]
         if left:
-            raise RuntimeError(f"the schedule {schedule.kind} left these unused: {left}")
+            raise RuntimeError(f"the schedule {self.schedule.kind} left these unused: {left}")
 
     def _await(self, op: Op) -> torch.Tensor | None:
         """What an operation works on: the activation before a forward, the gradient after a backward."""
@@ -231,17 +244,14 @@ class _Batch:
         for layer in weight_gradients.te_layers(self.model[self.chunk[op.direction, op.stage]]):
             layer.backward_dw()
 
-    def _hold_reductions(self, events: Sequence, until: contextlib.ExitStack) -> None:
+    def _hold_reductions(self, until: contextlib.ExitStack) -> None:
         """Megatron's hooks would reduce a bucket after its first backward pass; here, after a chunk's last."""
         if self.evaluation or self.config.no_sync_func is None:
             return
         for chunk in self.model:
             until.enter_context(chunk.no_sync())
-        for event in events:
-            for op in event.ops if isinstance(event, Compute) else ():
-                if op.kind in "BIW":
-                    index = self.chunk[op.direction, op.stage]
-                    self.remaining[index] = self.remaining.get(index, 0) + 1
+        computed = [op for event in self.events if isinstance(event, Compute) for op in event.ops if op.kind in "BIW"]
+        self.remaining = Counter(self.chunk[op.direction, op.stage] for op in computed)
 
     def _reduce_finished(self, ops: Sequence[Op]) -> None:
         for op in ops if self.remaining else ():

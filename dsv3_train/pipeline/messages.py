@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from dsv3_train.pipeline.operations import Message, Transfer
 
 _HEADER = 8  # kind, direction, stage, micro-batch, number of dimensions, three dimensions
-_KINDS = "FB"
+_KINDS: tuple[Literal["F"], Literal["B"]] = ("F", "B")
 _IN_FLIGHT = 8  # batches of sends that are let run on before the oldest is waited for
 
 
@@ -43,22 +44,21 @@ class Messages:
 
     def post(self, transfers: Sequence[Transfer], outgoing: dict[Message, torch.Tensor], shape: Sequence[int]) -> None:
         """Start a batch. Tensors to send leave `outgoing`; received ones are of `shape` unless a header says."""
-        sent = {t.message: outgoing.pop(t.message) for t in transfers if t.sends}
-        shapes = {t.message: tuple(shape) for t in transfers if not t.sends}
-        if self._headers:
-            shapes = self._exchange_headers(transfers, sent)
-        received = {m: torch.empty(size, dtype=self._dtype, device=self._device) for m, size in shapes.items()}
+        sends, receives = [t for t in transfers if t.sends], [t for t in transfers if not t.sends]
         # A detached alias keeps the storage while the caller frees `.data` of its own.
-        tensors = [sent[t.message].detach() if t.sends else received[t.message] for t in transfers]
-        works = self._start(transfers, tensors)
-        for transfer, work in zip(transfers, works, strict=True):
-            if not transfer.sends:
-                self._arriving[transfer.message] = (received[transfer.message], work)
-        sends = [work for t, works_ in zip(transfers, works, strict=True) if t.sends for work in works_]
-        if sends:
-            self._leaving.append((sends, [x for t, x in zip(transfers, tensors, strict=True) if t.sends]))
-        while len(self._leaving) > _IN_FLIGHT:
-            self._settle_oldest()
+        leaving = [outgoing.pop(t.message).detach() for t in sends]
+        sizes: list[Sequence[int]] = [shape] * len(receives)
+        if self._headers:
+            headers = self._post_headers(sends, leaving, receives)
+            # What is told of must be on its way: whoever waits for it may be whom the header that we wait for awaits.
+            self._leave(leaving, self._start(sends, leaving))
+            sizes = [self._read(transfer, *header) for transfer, header in zip(receives, headers, strict=True)]
+            sends, leaving = [], []
+        arriving = [torch.empty(tuple(size), dtype=self._dtype, device=self._device) for size in sizes]
+        works = self._start([*sends, *receives], [*leaving, *arriving])
+        self._leave(leaving, works[: len(sends)])
+        for transfer, tensor, work in zip(receives, arriving, works[len(sends) :], strict=True):
+            self._arriving[transfer.message] = (tensor, work)
 
     def take(self, message: Message) -> torch.Tensor:
         """The tensor of a posted message, once it is here."""
@@ -70,6 +70,13 @@ class Messages:
     def finish(self) -> None:
         """Wait for all that was sent."""
         while self._leaving:
+            self._settle_oldest()
+
+    def _leave(self, tensors: list[torch.Tensor], works: list[list[dist.Work]]) -> None:
+        """Keep what is being sent until it is."""
+        if tensors:
+            self._leaving.append(([work for some in works for work in some], tensors))
+        while len(self._leaving) > _IN_FLIGHT:
             self._settle_oldest()
 
     def _settle_oldest(self) -> None:
@@ -105,35 +112,31 @@ class Messages:
     def _tag(message: Message, header: bool) -> int:
         return 4 * header + 2 * message.direction + _KINDS.index(message.kind) + 1
 
-    def _exchange_headers(
-        self, transfers: Sequence[Transfer], sent: dict[Message, torch.Tensor]
-    ) -> dict[Message, tuple[int, ...]]:
-        """Tell and learn what comes; the shapes to expect.
+    def _post_headers(
+        self, sends: list[Transfer], leaving: list[torch.Tensor], receives: list[Transfer]
+    ) -> list[tuple[torch.Tensor, list[dist.Work]]]:
+        """Tell what leaves, and begin to learn what comes: per receive, its header and when it is here."""
+        told = [self._header(transfer.message, tensor) for transfer, tensor in zip(sends, leaving, strict=True)]
+        learnt = [torch.empty(_HEADER, dtype=torch.int64, device=self._device) for _ in receives]
+        works = self._start([*sends, *receives], [*told, *learnt], header=True)
+        self._leave(told, works[: len(sends)])
+        return list(zip(learnt, works[len(sends) :], strict=True))
+
+    def _read(self, transfer: Transfer, header: torch.Tensor, works: list[dist.Work]) -> Sequence[int]:
+        """The shape that a header gives.
 
         Raises:
-            RuntimeError: a message that the schedule does not mean here.
+            RuntimeError: it belongs to a message that the schedule does not mean here.
         """
-        headers = [
-            self._header(t.message, sent[t.message])
-            if t.sends
-            else torch.empty(_HEADER, dtype=torch.int64, device=self._device)
-            for t in transfers
-        ]
-        for works in self._start(transfers, headers, header=True):
-            for work in works:
-                work.wait()
-        shapes = {}
-        for transfer, header in zip(transfers, headers, strict=True):
-            if transfer.sends:
-                continue
-            kind, direction, stage, micro_batch, dimensions, *sizes = header.tolist()
-            came = Message(_KINDS[kind], direction, stage, micro_batch)
-            if self._checked and came != transfer.message:
-                raise RuntimeError(
-                    f"pipeline rank {self._me} expected {transfer.message} from rank {transfer.peer}, got {came}"
-                )
-            shapes[transfer.message] = tuple(sizes[:dimensions])
-        return shapes
+        for work in works:
+            work.wait()
+        kind, direction, stage, micro_batch, dimensions, *sizes = header.tolist()
+        came = Message(_KINDS[kind], direction, stage, micro_batch)
+        if self._checked and came != transfer.message:
+            raise RuntimeError(
+                f"pipeline rank {self._me} expected {transfer.message} from rank {transfer.peer}, got {came}"
+            )
+        return sizes[:dimensions]
 
     def _header(self, message: Message, tensor: torch.Tensor) -> torch.Tensor:
         place = [_KINDS.index(message.kind), message.direction, message.stage, message.micro_batch]

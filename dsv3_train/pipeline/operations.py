@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Union
 
-from dsv3_train.recipe.layout import chunks_of, stage_count
+from dsv3_train.recipe.chunks import chunks_of, stage_count
 
 KINDS = ("1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipev")
 SPLITTING = ("zb1p", "zbv", "dualpipe", "dualpipev")

@@ -7,7 +7,8 @@ once pairs overlap, operations that stand alone go through it too.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.pipeline_parallel.combined_1f1b import combined_forward_backward_step
@@ -32,6 +33,7 @@ class Pairs:
         """A forward, a backward (B or I), or one of each; with each the tensor that it works on."""
         forward = next(((op, x) for op, x in ready if op.kind == "F"), None)
         backward = next(((op, x) for op, x in ready if op.kind in "BI"), None)
+        later: Hashable = None
         batch, executor = self.batch, self.batch.executor
         f_arguments: dict = {"f_model": None, "data_iterator": None, "input_tensor": None}
         b_arguments: dict = dict.fromkeys(("b_model", "b_input_tensor", "b_output_tensor", "b_output_tensor_grad"))
@@ -55,6 +57,7 @@ class Pairs:
             output = batch.outputs.pop(op[1:])
             if op.kind == "I":
                 self._defer(op, output)
+                later = op[1:]
             b_arguments = {
                 "b_model": batch.model[batch.chunk[op.direction, op.stage]],
                 "b_input_tensor": batch.inputs.pop(op[1:]),
@@ -62,9 +65,8 @@ class Pairs:
                 "b_output_tensor_grad": gradient,
             }
         executor.paired += forward is not None and backward is not None
-        deferring = backward is not None and backward[0].kind == "I"
         # The plan asks Megatron's global state whether the forward chunk is the last stage.
-        with view.view(), weight_gradients.deferred(backward[0][1:] if deferring else None):
+        with view.view(), weight_gradients.deferred(later):
             output, tokens, input_gradient = combined_forward_backward_step(
                 batch.step,
                 num_microbatches=batch.averaged_over,
@@ -79,7 +81,7 @@ class Pairs:
         if backward is not None:
             batch.backwarded(backward[0], input_gradient)
 
-    def _defer(self, op: Op, output: torch.Tensor) -> None:
+    def _defer(self, op: Op, output: Any) -> None:
         """Let the plan's nodes of a backward keep their weight gradients (of Transformer Engine's layers) for W."""
         nodes = [node for layer in output.schedule_plan._transformer_layers for node in (layer.attn, layer.mlp)]
         self._deferred[op[1:]] = [node.backward_dw for node in reversed(nodes)]

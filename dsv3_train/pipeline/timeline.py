@@ -9,9 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from dsv3_train.pipeline.operations import Op
-
-Span = tuple[float, float, tuple[Op, ...]]
-"""Start and end in seconds on this machine's clock, and what ran."""
+from dsv3_train.pipeline.simulate import Span
 
 
 class Timeline:
@@ -30,16 +28,16 @@ class Timeline:
         yield
         self._marks.append((start, self._mark(), ops))
 
-    def spans(self) -> list[Span]:
-        """All computations in order. Waits for the device."""
+    def spans(self) -> tuple[Span, ...]:
+        """All computations in order, in seconds on this machine's `perf_counter`. Waits for the device."""
         if not self._cuda:
-            return list(self._marks)
+            return tuple(Span(*mark) for mark in self._marks)
         torch.cuda.synchronize()
 
         def seconds(event: torch.cuda.Event) -> float:
             return self._origin_seconds + self._origin.elapsed_time(event) / 1e3
 
-        return [(seconds(start), seconds(end), ops) for start, end, ops in self._marks]
+        return tuple(Span(seconds(start), seconds(end), ops) for start, end, ops in self._marks)
 
     def _mark(self):
         if not self._cuda:
@@ -47,11 +45,3 @@ class Timeline:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-
-def bubble_fraction(spans: list[list[Span]]) -> float:
-    """Idle share of the step on the rank that idles most: spans of every pipeline rank, on one clock."""
-    first = min(start for rank in spans for start, _, _ in rank)
-    last = max(end for rank in spans for _, end, _ in rank)
-    busiest_gap = max((last - first) - sum(end - start for start, end, _ in rank) for rank in spans)
-    return busiest_gap / (last - first)

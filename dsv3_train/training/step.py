@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -81,7 +82,7 @@ def _loss(loss_mask_bs: torch.Tensor | None, loss_bs: torch.Tensor) -> tuple[tor
     return loss_sum.clone(), tokens, {"loss": torch.stack([loss_sum.detach(), tokens.float()])}
 
 
-def _forward(batches: Iterator[Batch] | None, model: torch.nn.Module, return_schedule_plan: bool = False):
+def _forward(batches: Iterator[Batch] | None, model: Any, return_schedule_plan: bool = False):
     run = model.build_schedule_plan if return_schedule_plan else model
     if batches is None:
         return run(None, None, None), partial(_loss, None)
@@ -95,7 +96,8 @@ def _run(trainer: Trainer, batches: list[Batch] | None, count: int, forward_only
     training, chunks = trainer.recipe.training, trainer.chunks
     iterators = [_of_direction(trainer, model.place, batches) for model in trainer.models]
     several = len(chunks) > 1 or trainer.executor is not None
-    return (trainer.executor or get_forward_backward_func())(
+    run: Callable[..., list[Batch]] = trainer.executor or get_forward_backward_func()
+    return run(
         forward_step_func=_forward,
         data_iterator=iterators if several else iterators[0],
         model=chunks if several else chunks[0],
@@ -108,8 +110,7 @@ def _run(trainer: Trainer, batches: list[Batch] | None, count: int, forward_only
 
 
 def _of_direction(trainer: Trainer, place: Place, batches: list[Batch] | None) -> Iterator[Batch] | None:
-    """The micro-batches that go through a chunk: in dualpipe the first half enters at the first rank, the other at
-    the last."""
+    """The micro-batches that go through a chunk: dualpipe's first half enters at the first rank, the other at the last."""
     if batches is None:
         return None
     if trainer.recipe.pipeline.schedule != "dualpipe":

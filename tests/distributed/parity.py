@@ -64,10 +64,12 @@ def sample(recipe: Recipe, step: int, index: int) -> torch.Tensor:
     return (start + noise + 7 * (1 + index % 2) * torch.arange(length)) % recipe.model.vocab_size
 
 
-def batch(recipe: Recipe, step: int, index: int) -> dict[str, torch.Tensor]:
+def batch(recipe: Recipe, step: int, index: int, lengths: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
     """Micro-batch `index` of global batch `step`."""
     size = recipe.training.micro_batch_size
     tokens = torch.cat([sample(recipe, step, index * size + i) for i in range(size)])
+    if lengths:
+        tokens = tokens[:, : lengths[index % len(lengths)] + 1]
     return {
         "tokens": tokens[:, :-1].contiguous(),
         "labels": tokens[:, 1:].contiguous(),
@@ -87,14 +89,27 @@ def in_processes(work: Callable[[], None], world_size: int) -> None:
     assert process.exitcode == 0
 
 
-def train(recipe: Recipe, out: Path, steps: int = 6, device: str = "cpu") -> None:
-    """Train on this rank; leaves losses, grad norms, step 1's gradients and the final weights in `out/RANK.pt`."""
+def train(
+    recipe: Recipe,
+    out: Path,
+    steps: int = 6,
+    device: str = "cpu",
+    lengths: tuple[int, ...] = (),
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """Train on this rank; leaves losses, grad norms, step 1's gradients and the final weights in `out/RANK.pt`.
+
+    Args:
+        lengths: of the sequences, in turn; else all are as long as the recipe says.
+        settings: Megatron-core's that no recipe has.
+    """
     from megatron.core import parallel_state
 
     from dsv3_train.optim.schedules import Schedules
     from dsv3_train.runtime import distributed
     from dsv3_train.training.assemble import assemble
     from dsv3_train.training.step import (
+        evaluate,
         forward_backward,
         gather_parameters,
         micro_batches_per_step,
@@ -103,19 +118,27 @@ def train(recipe: Recipe, out: Path, steps: int = 6, device: str = "cpu") -> Non
     )
 
     distributed.start(recipe, device)
+    if settings:
+        from dsv3_train.training import assemble as module
+
+        plain = module.megatron_config
+        module.megatron_config = lambda *args: _with(plain(*args), settings)
     trainer = assemble(recipe, device)
     schedules = Schedules(recipe)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     result: dict[str, Any] = {"losses": [], "norms": []}
     consumed = 0
+
+    def draw(step: int, count: int) -> list[dict[str, torch.Tensor]] | None:
+        if not needs_data(trainer):
+            return None
+        drawn = [batch(recipe, step, m * size + rank, lengths) for m in range(count)]
+        return [{name: x.to(device) for name, x in micro_batch.items()} for micro_batch in drawn]
+
     for step in range(steps):
         values = schedules.at(consumed)
         count = micro_batches_per_step(recipe, values.batch_size)
-        batches = None
-        if needs_data(trainer):
-            drawn = [batch(recipe, step, m * size + rank) for m in range(count)]
-            batches = [{name: x.to(device) for name, x in micro_batch.items()} for micro_batch in drawn]
-        losses = forward_backward(trainer, values, batches, count)
+        losses = forward_backward(trainer, values, draw(step, count), count)
         result["losses"].append((losses.loss, losses.mtp, losses.balance))
         if step == 0:
             _unshard_gradients(trainer)
@@ -125,9 +148,31 @@ def train(recipe: Recipe, out: Path, steps: int = 6, device: str = "cpu") -> Non
     gather_parameters(trainer)
     counts, biases = trainer.load.gather()
     result["expert_counts"], result["expert_biases"] = counts, biases
+    result["paired"] = trainer.executor.paired if trainer.executor else 0
+    result["evaluation"] = evaluate(trainer, draw(steps, count), count)
     result["weights"] = _by_global_name(trainer, lambda parameter: parameter)
     torch.save(result, out / f"{torch.distributed.get_rank()}.pt")
     distributed.stop()
+
+
+def _with(config: Any, settings: dict[str, Any]) -> Any:
+    for name, value in settings.items():
+        assert hasattr(config, name)
+        setattr(config, name, value)
+    return config
+
+
+def assert_same(got: dict, expected: dict, tolerance: float = 1e-5) -> None:
+    """Losses, norms, gradients, weights, counts and biases of two runs."""
+    for what in ("losses", "norms", "evaluation"):
+        torch.testing.assert_close(got[what], expected[what], rtol=tolerance, atol=0)
+    for what in ("gradients", "weights"):
+        assert got[what].keys() == expected[what].keys()
+        for name, tensor in got[what].items():
+            error = (tensor - expected[what][name]).norm() / expected[what][name].norm()
+            assert error < tolerance, (what, name, float(error))
+    assert torch.equal(got["expert_counts"], expected["expert_counts"])
+    torch.testing.assert_close(got["expert_biases"], expected["expert_biases"], rtol=0, atol=1e-9)
 
 
 def _unshard_gradients(trainer: Any) -> None:
@@ -163,20 +208,14 @@ def _by_global_name(trainer: Any, of: Any) -> list[tuple[str, tuple, tuple, torc
 
 
 def whole(out: Path, world_size: int, what: str) -> dict[str, torch.Tensor]:
-    """Global tensors put together of all ranks' pieces; a piece that two ranks hold must be the same on both."""
+    """Global tensors put together of all ranks' pieces; what two ranks hold must be the same, bit by bit."""
     tensors: dict[str, torch.Tensor] = {}
     for rank in range(world_size):
         for key, shape, place, values in torch.load(out / f"{rank}.pt", weights_only=False)[what]:
             tensor = tensors.setdefault(key, torch.full(shape, float("nan")))
             before = tensor[place]
             known = ~before.isnan()
-            torch.testing.assert_close(
-                before[known],
-                values.reshape(before.shape)[known],
-                rtol=1e-5,
-                atol=1e-7,
-                msg=lambda m, key=key, rank=rank: f"{key} on rank {rank}: {m}",
-            )
+            assert torch.equal(before[known], values.reshape(before.shape)[known]), f"{key} on rank {rank}"
             tensor[place] = values.reshape(before.shape)
     assert not any(tensor.isnan().any() for tensor in tensors.values())
     return tensors

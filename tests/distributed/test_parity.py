@@ -6,10 +6,8 @@ FP32 over gloo. Tolerance 1e-5 relative, for sums that run in another order; exp
 from __future__ import annotations
 
 import pytest
-import torch
 
-from dsv3_train.runtime import distributed
-from parity import in_processes, tiny, train, whole
+from parity import assert_same, tiny
 
 LAYOUTS = {
     "dp2": ({"world_size": 2}, {}),
@@ -26,40 +24,6 @@ LAYOUTS = {
     "tp2_ep2": ({"world_size": 2, "tensor": 2, "expert": 2}, {}),
     "tp2_etp2": ({"world_size": 2, "tensor": 2, "expert_tensor": 2}, {}),
 }
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Train a recipe in as many processes as it wants; returns rank 0's losses and the global tensors."""
-    distributed.prepare_import("cpu")
-    import dsv3_train.training.assemble  # noqa: F401  once, before forking
-
-    done: dict = {}
-
-    def train_once(recipe):
-        key = recipe.model_dump_json()
-        if key not in done:
-            out = tmp_path_factory.mktemp("parity")
-            world = recipe.parallel.world_size
-            in_processes(lambda: train(recipe, out), world)
-            first = torch.load(out / "0.pt", weights_only=False)
-            done[key] = first | {what: whole(out, world, what) for what in ("gradients", "weights")}
-        return done[key]
-
-    return train_once
-
-
-def assert_same(got: dict, expected: dict, tolerance: float = 1e-5) -> None:
-    """Losses, norms, gradients, weights, counts and biases of two runs."""
-    torch.testing.assert_close(got["losses"], expected["losses"], rtol=tolerance, atol=0)
-    torch.testing.assert_close(got["norms"], expected["norms"], rtol=tolerance, atol=0)
-    for what in ("gradients", "weights"):
-        assert got[what].keys() == expected[what].keys()
-        for name, tensor in got[what].items():
-            error = (tensor - expected[what][name]).norm() / expected[what][name].norm()
-            assert error < tolerance, (what, name, float(error))
-    assert torch.equal(got["expert_counts"], expected["expert_counts"])
-    torch.testing.assert_close(got["expert_biases"], expected["expert_biases"], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("zero1", [False, True], ids=["", "zero1"])

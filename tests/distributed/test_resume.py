@@ -143,6 +143,52 @@ def test_another_layout(data, tmp_path, begun, resumed):
         assert moved[step]["loss"] == pytest.approx(whole[step]["loss"], rel=1e-5), step
 
 
+# Two ranks of a pipeline: 1F1B, and both forms of DualPipe, uneven; then one process.
+JOURNEY = {
+    "1f1b": {"schedule": "1f1b", "layout": "Ettt|tmL"},
+    "dualpipe": {"schedule": "dualpipe", "layout": "Ettt|tmL"},
+    "dualpipev": {"schedule": "dualpipev", "layout": "Et|tt|t|mL"},
+    "one process": {},
+}
+
+
+def on_the_way(data: str, run_dir: Path, name: str, steps: int = 16):
+    """The recipe of one leg of the journey."""
+    parallel = {"world_size": 2, "pipeline": 2} if JOURNEY[name] else {}
+    return recipe(
+        data,
+        run_dir,
+        parallel={**parallel, "zero1": True},
+        pipeline=JOURNEY[name],
+        training={"duration": f"{steps} steps", "eval_interval": steps, "eval_sequences": 8},
+        schedule={"bias_update_speed": 1e-3, "mtp_weight": 0.3},
+    )
+
+
+def test_from_schedule_to_schedule(data, tmp_path):
+    """1F1B -> DualPipe -> DualPipeV -> one process by checkpoints, in mid ramp: as if nothing had happened."""
+    whole = run(on_the_way(data, tmp_path / "whole", "one process"))
+    for stop, name in enumerate(JOURNEY, start=1):
+        moved = run(on_the_way(data, tmp_path / "moved", name), stop_after=4 * stop if stop < len(JOURNEY) else None)
+    assert [moved[step]["batch_size"] for step in moved] == [whole[step]["batch_size"] for step in whole]
+    for step in whole:
+        for what in ("loss", "mtp_loss", "grad_norm"):
+            assert moved[step][what] == pytest.approx(whole[step][what], rel=1e-5), (step, what)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
+@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
+def test_a_schedule_goes_on_bit_for_bit(data, tmp_path, schedule):
+    """Stopped in the middle and resumed: every record, and every tensor of the last checkpoint."""
+    whole = run(on_the_way(data, tmp_path / "whole", schedule, steps=8))
+    cut = on_the_way(data, tmp_path / "cut", schedule, steps=8)
+    run(cut, stop_after=3)
+    assert facts(run(cut)) == facts(whole)
+    expected, got = tensors(tmp_path / "whole", 8), tensors(tmp_path / "cut", 8)
+    assert expected.keys() == got.keys()
+    assert [name for name in expected if not expected[name].equal(got[name])] == []
+
+
 def test_end_in_a_layout_that_rounds_batches_otherwise(data, tmp_path):
     """The number of steps follows from the plan of the layout that finishes, which validates at its last."""
     short = {"training": {"duration": "20 steps", "eval_interval": 20, "eval_sequences": 8}}
