@@ -77,9 +77,8 @@ def _set_latent_norms(chunk: Stage) -> None:
         if isinstance(attention, MLASelfAttention):
             # Norms of their own in local layers; inside the linear layer that follows in TE's.
             for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
-                norm = getattr(attention, name, None)
-                if hasattr(norm, "eps"):
-                    norm.eps = 1e-6
+                if hasattr(getattr(attention, name, None), "eps"):
+                    getattr(attention, name).eps = 1e-6
 
 
 def in_training_precision(chunk: Stage, config: MLATransformerConfig):

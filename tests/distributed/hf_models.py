@@ -110,8 +110,8 @@ def add_mtp(path: Path, shards: int = 1) -> dict[str, torch.Tensor]:
     for name in ("enorm", "hnorm", "shared_head.norm"):
         contents[f"{mtp}{name}.weight"] = like(norm, 1.0)
     contents[f"{mtp}eh_proj.weight"] = like(torch.empty(hidden, 2 * hidden, dtype=norm.dtype))
-    contents[f"{mtp}embed_tokens.weight"] = contents["model.embed_tokens.weight"]
-    contents[f"{mtp}shared_head.head.weight"] = contents["lm_head.weight"]
+    contents[f"{mtp}embed_tokens.weight"] = contents["model.embed_tokens.weight"].clone()
+    contents[f"{mtp}shared_head.head.weight"] = contents["lm_head.weight"].clone()
     rewrite(path, contents, shards, num_nextn_predict_layers=1)
     return contents
 

@@ -193,7 +193,7 @@ def convert(plan: Plan, target: Path, workers: int | None, progress: Progress) -
         parts = [[block.part for block in file] for file in plan.files]
         finish(checkpoint, list(zip(parts, placed, strict=True)), {"position": _NOTHING_DONE, "topology": {}})
         (where / "recipe.yaml").write_text(recipes.dump(plan.recipe), encoding="utf-8")
-        origin.keep(plan.directory, plan.mtp, [found.weight for found in plan.found], where / origin.FOLDER)
+        origin.keep(plan.directory, [found.weight for found in plan.found], where / origin.FOLDER)
     return {**plan.report(), "target": str(target)}
 
 

@@ -5,6 +5,7 @@ Both directions, `verify` and `inspect` read this one table.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from math import prod
 from typing import Literal, NamedTuple
@@ -119,7 +120,8 @@ class Weight:
         return tuple(-(-size // BLOCK) for size in self.shape)
 
 
-def weights(model: Model, mtp: int) -> list[Weight]:
+@functools.lru_cache(maxsize=4)
+def weights(model: Model, mtp: int) -> tuple[Weight, ...]:
     """Every tensor of a model with `mtp` MTP modules (FP8 scales apart), layer by layer as the published files go."""
     sizes = _sizes(model)
     embedding, norm, head = (_weight(row, row.theirs, row.ours, sizes) for row in MODEL)
@@ -140,7 +142,7 @@ def weights(model: Model, mtp: int) -> list[Weight]:
             for e in numbers:
                 name = theirs + (row.theirs if e is None else row.theirs.format(e=e))
                 found.append(_weight(row, name, ours + row.ours, sizes, e))
-    return [*found, norm, head]
+    return (*found, norm, head)
 
 
 def layer_rows(model: Model, moe: bool) -> tuple[Row, ...]:

@@ -62,13 +62,13 @@ def exceptions(directory: Directory, weights: Iterable[Weight]) -> dict[str, str
     return {weight.name: stored[weight.name] for weight in weights if stored[weight.name] != usual_dtype(weight, main)}
 
 
-def keep(directory: Directory, mtp: int, weights: list[Weight], folder: Path) -> None:
+def keep(directory: Directory, weights: list[Weight], folder: Path) -> None:
     """Write `folder`: everything of a directory but its weights."""
     folder.mkdir(exist_ok=True)
     copy_others(directory.path, folder)
     if directory.weight_map is not None:
         shutil.copyfile(directory.path / INDEX, folder / INDEX)
-    facts = {"main_dtype": directory.main_dtype, "mtp": mtp, "exceptions": exceptions(directory, weights)}
+    facts = {"main_dtype": directory.main_dtype, "mtp": directory.mtp, "exceptions": exceptions(directory, weights)}
     (folder / _TENSORS).write_text(json.dumps(facts), encoding="utf-8")
 
 

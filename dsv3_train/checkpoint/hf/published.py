@@ -92,11 +92,13 @@ def open_directory(path: Path) -> Directory:
     weight_map = _weight_map(path)
     problems: list[str] = []
     tensors: dict[str, Stored] = {}
-    counts = Counter(weight_map.values()) if weight_map is not None else Counter({SINGLE: 0})
-    for name in sorted(counts):
+    listed: dict[str, list[str]] = {}
+    for tensor, name in weight_map.items() if weight_map is not None else [("", SINGLE)]:
+        listed.setdefault(name, []).append(tensor)
+    for name in sorted(listed):
         file = path / name
         if not file.is_file():
-            problems.append(f"{file}: missing; the index names it for {counts[name]} tensors; fetch it again")
+            problems.append(f"{file}: missing; the index names it for {len(listed[name])} tensors; fetch it again")
             continue
         try:
             header = read_header(file)
@@ -106,9 +108,7 @@ def open_directory(path: Path) -> Directory:
         twice = header.keys() & tensors.keys()
         problems += [f"{file}: {one} is in another file too; remove one of the two" for one in sorted(twice)]
         tensors |= header
-        if weight_map is None:
-            continue
-        lacking = [one for one, where in weight_map.items() if where == name and one not in header]
+        lacking = [one for one in listed[name] if one and one not in header]
         if lacking:
             more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
             problems.append(f"{file}: lacks {lacking[0]}{more}, which the index says is there; fetch it again")

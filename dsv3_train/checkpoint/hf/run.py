@@ -67,5 +67,5 @@ def wrong_shapes(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[str]:
             yield f"{weight.key} is {list(tensor.shape)}, not {list(weight.key_shape)}"
 
 
-def _weights(recipe: Recipe, mtp: int | None = None) -> list[Weight]:
+def _weights(recipe: Recipe, mtp: int | None = None) -> tuple[Weight, ...]:
     return weights(recipe.model, recipe.model.num_nextn_predict_layers if mtp is None else mtp)

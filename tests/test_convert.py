@@ -1,0 +1,232 @@
+"""`dsv3 convert`: there and back bit for bit, in every type, with and without MTP; what it says in JSON."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_models
+from dsv3_train.checkpoint.directory import resolve
+from dsv3_train.checkpoint.hf import fp8, from_hf, inspect, to_hf, verify
+from dsv3_train.checkpoint.hf.sharded import Checkpoint
+from dsv3_train.recipe.load import load
+
+pytest.importorskip("transformers")
+
+WIDE = {"hidden_size": 192, "moe_intermediate_size": 136, "kv_lora_rank": 160, "qk_rope_head_dim": 40}
+"""Several FP8 blocks in each direction, cut at the border."""
+
+
+def quiet(*_: object) -> None:
+    pass
+
+
+def convert_in(source: Path, target: Path, **options) -> dict:
+    plan = from_hf.make_plan(source, None, [], options.get("mtp"), options.get("dtype"), "small")
+    return from_hf.convert(plan, target, options.get("workers", 1), quiet)
+
+
+def convert_out(run: Path, target: Path, dtype=None, mtp=None, workers=1) -> dict:
+    return to_hf.convert(to_hf.make_plan(resolve(run), dtype, mtp), target, workers, quiet)
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    """Every file of the two directories, byte for byte: tensors, index, config.json, tokenizer."""
+    names = sorted(file.name for file in one.iterdir())
+    assert names == sorted(file.name for file in other.iterdir())
+    assert [name for name in names if not filecmp.cmp(one / name, other / name, shallow=False)] == []
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory) -> dict[str, Path]:
+    """A directory of each type; FP8's with MTP."""
+    where = tmp_path_factory.mktemp("hf")
+    hf_models.save(where / "fp32", **WIDE)
+    hf_models.save(where / "bf16", dtype=torch.bfloat16, shard="100MB", **WIDE)
+    hf_models.save(where / "fp8", **WIDE)
+    hf_models.add_mtp(where / "fp8")
+    hf_models.to_fp8(where / "fp8")
+    return {name: where / name for name in ("fp32", "bf16", "fp8")}
+
+
+@pytest.fixture(scope="module")
+def runs(directories, tmp_path_factory) -> dict[str, Path]:
+    where = tmp_path_factory.mktemp("runs")
+    for name, source in directories.items():
+        convert_in(source, where / name)
+    return {name: where / name for name in directories}
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp8"])
+def test_there_and_back(directories, runs, tmp_path, name):
+    convert_out(runs[name], tmp_path / "back")
+    assert_same_files(directories[name], tmp_path / "back")
+
+
+def test_two_workers_write_the_same(directories, runs, tmp_path):
+    convert_in(directories["fp8"], tmp_path / "run", workers=2)
+    convert_out(tmp_path / "run", tmp_path / "back", workers=2)
+    assert_same_files(directories["fp8"], tmp_path / "back")
+
+
+def test_types_within_the_checkpoint(runs):
+    """FP8 is kept as FP32, all else as it came; routing biases are FP32 always."""
+    tensors = Checkpoint(resolve(runs["fp8"])).tensors
+    assert tensors["decoder.layers.1.mlp.experts.experts.linear_fc1.weight"].dtype == "F32"
+    assert tensors["decoder.final_layernorm.weight"].dtype == "BF16"
+    for name in runs:
+        found = Checkpoint(resolve(runs[name])).tensors
+        assert {found[key].dtype for key in found if key.endswith("expert_bias")} == {"F32"}
+
+
+def test_fp8_values(directories, runs):
+    """Codes x scales, element by element."""
+    stored = hf_models.tensors(directories["fp8"])
+    name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"  # 200 rows: 128 and 72
+    codes, scales = stored[name], stored[f"{name}_scale_inv"]
+    assert scales.shape == (2, 2)
+    got = Checkpoint(resolve(runs["fp8"])).read(
+        "decoder.layers.0.self_attention.linear_kv_down_proj.weight", (0, 0), codes.shape
+    )
+    spread = scales.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :192]
+    assert torch.equal(got, codes.float() * spread)
+
+
+def test_to_fp8_as_a_plain_quantiser_does(directories, runs, tmp_path):
+    convert_out(runs["bf16"], tmp_path / "fp8", "fp8")
+    got, source = hf_models.tensors(tmp_path / "fp8"), hf_models.tensors(directories["bf16"])
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    assert config["quantization_config"]["weight_block_size"] == [128, 128]
+    assert {name for name in got if not name.endswith("_scale_inv")} == source.keys()
+    quantised = [name for name in source if f"{name}_scale_inv" in got]
+    assert all("proj" in name for name in quantised)
+    assert len(quantised) == sum("proj" in name for name in source)
+    for name in quantised:
+        codes, scales = hf_models.quantise(source[name].float())
+        assert torch.equal(bits(got[name]), bits(codes))
+        assert torch.equal(got[f"{name}_scale_inv"], scales)
+    for name in source.keys() - set(quantised):
+        assert torch.equal(got[name], source[name])
+        assert got[name].dtype == source[name].dtype
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_out_of_fp8(directories, runs, tmp_path, dtype):
+    convert_out(runs["fp8"], tmp_path / "out", dtype)
+    stored, got = hf_models.tensors(directories["fp8"]), hf_models.tensors(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    for name, tensor in got.items():
+        values = stored[name]
+        if f"{name}_scale_inv" in stored:
+            values = fp8.dequantise(values, stored[f"{name}_scale_inv"])
+        assert tensor.dtype == (torch.float32 if name.endswith("bias") else kind)
+        assert torch.equal(tensor, values.to(tensor.dtype))
+
+
+def test_drop_mtp(directories, tmp_path):
+    report = convert_in(directories["fp8"], tmp_path / "run", mtp="drop")
+    assert report["mtp"] == 0
+    assert all(name.startswith("model.layers.4.") for name in report["left_out"])
+    assert load(str(tmp_path / "run" / "recipe.yaml")).model.num_nextn_predict_layers == 0
+    convert_out(tmp_path / "run", tmp_path / "back")
+    stored, got = hf_models.tensors(directories["fp8"]), hf_models.tensors(tmp_path / "back")
+    assert got.keys() == {name for name in stored if ".layers.4." not in name}
+    assert all(torch.equal(bits(got[name]), bits(stored[name])) for name in got)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
+def test_drop_mtp_on_the_way_out(directories, runs, tmp_path):
+    convert_out(runs["fp8"], tmp_path / "back", mtp="drop")
+    assert not [name for name in hf_models.tensors(tmp_path / "back") if ".layers.4." in name]
+    assert inspect.inspect(tmp_path / "back")["missing"] == []
+
+
+def test_transformers_loads_what_comes_out(directories, runs, tmp_path):
+    """No missing or unexpected key; its logits are those of the model before."""
+    import transformers
+
+    tokens = torch.randint(0, 160, (1, 32), generator=torch.Generator().manual_seed(0))
+    convert_out(runs["fp32"], tmp_path / "back")
+    model, info = transformers.DeepseekV3ForCausalLM.from_pretrained(
+        tmp_path / "back", output_loading_info=True, torch_dtype=torch.float32, attn_implementation="eager"
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, hf_models.reference(**WIDE)(tokens).logits)
+
+
+def test_a_run_that_came_from_nowhere(runs, tmp_path):
+    """Without files that it came from, a checkpoint makes its own config.json, one that derives the same model."""
+    import shutil
+
+    shutil.copytree(runs["fp32"], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "hf")
+    report = convert_out(tmp_path / "run", tmp_path / "out")
+    assert any("made anew" in note for note in report["notes"])
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    plan = from_hf.make_plan(tmp_path / "out", None, [], None, None, "small")
+    assert plan.recipe.model == load(str(runs["fp32"] / "recipe.yaml")).model.model_copy(
+        update={"initializer_range": 0.02}
+    )
+    found = verify.verify(verify.open_weights(tmp_path / "out"), verify.open_weights(runs["fp32"]), 1, quiet)
+    assert found["identical"] == found["tensors"]
+
+
+def dsv3(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "dsv3_cli.main", "convert", *arguments], capture_output=True, text=True, cwd=cwd
+    )
+
+
+def test_command(directories, tmp_path):
+    """from-hf, verify, inspect and to-hf as a user runs them; one JSON object each."""
+    source = directories["fp32"]
+    done = dsv3("from-hf", str(source), "run", "--json", cwd=tmp_path)
+    report = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert "converted without MTP" in done.stderr  # transformers leaves it out, and num_nextn_predict_layers in
+    count = len(hf_models.tensors(source))
+    assert (report["weights"], report["scales"], report["dtypes"]) == (count, 0, {"F32": count})
+    done = dsv3("verify", str(source), "run", "--json", cwd=tmp_path)
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["tensors"], found["identical"]) == (0, count, count)
+    assert (found["max_abs_difference"], found["missing"], found["surplus"]) == (0.0, [], [])
+    assert found["logits"]["by"] == ["transformers", "dsv3-train"]
+    assert found["logits"]["relative_difference"] < 1e-5
+    looked = json.loads(dsv3("inspect", "run", "--json", cwd=tmp_path).stdout)
+    theirs = json.loads(dsv3("inspect", str(source), "--json", cwd=tmp_path).stdout)
+    assert looked["values"] == theirs["values"] == sum(tensor.numel() for tensor in hf_models.tensors(source).values())
+    assert (theirs["weights"], theirs["scales"], theirs["missing"], theirs["surplus"]) == (count, 0, [], [])
+    assert (looked["missing"], looked["surplus"]) == ([], [])
+    assert dsv3("to-hf", "run", "back", cwd=tmp_path).returncode == 0
+    assert_same_files(source, tmp_path / "back")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "run"]
+
+
+def test_verify_sees_a_difference(directories, tmp_path):
+    other = hf_models.copy(directories["fp32"], tmp_path / "other")
+    contents = hf_models.tensors(other)
+    contents["model.layers.2.mlp.experts.3.up_proj.weight"][5, 7] += 0.25
+    del contents["model.layers.2.mlp.experts.4.up_proj.weight"]
+    hf_models.rewrite(other, contents)
+    done = dsv3("verify", str(directories["fp32"]), str(other), "--json", cwd=tmp_path)
+    found = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert found["identical"] == found["tensors"] - 1 == len(contents) - 1
+    assert found["max_abs_difference"] == pytest.approx(0.25)
+    assert found["different"] == ["model.layers.2.mlp.experts.3.up_proj.weight"]
+    assert found["missing"] == ["model.layers.2.mlp.experts.4.up_proj.weight"]
+    assert inspect.inspect(other)["missing"] == found["missing"]
