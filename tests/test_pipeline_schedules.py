@@ -58,6 +58,25 @@ def computations(schedule: Schedule, rank: int) -> list[tuple[Op, ...]]:
     return [event.ops for event in schedule.events[rank] if isinstance(event, Compute)]
 
 
+def test_one_forward_one_backward_and_zero_bubble_by_hand():
+    """Three ranks, four micro-batches: weight gradients wait as many turns as the rank's number."""
+
+    def names(kind: str) -> list[str]:
+        schedule = build(kind, 3, 4)
+        return [" ".join(f"{op.kind}{op.micro_batch}" for (op,) in computations(schedule, rank)) for rank in range(3)]
+
+    assert names("1f1b") == [
+        "F0 F1 F2 B0 F3 B1 B2 B3",
+        "F0 F1 B0 F2 B1 F3 B2 B3",
+        "F0 B0 F1 B1 F2 B2 F3 B3",
+    ]
+    assert names("zb1p") == [
+        "F0 F1 F2 B0 F3 B1 B2 B3",
+        "F0 F1 I0 F2 I1 W0 F3 I2 W1 I3 W2 W3",
+        "F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3",
+    ]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
 def test_zbv_is_the_order_of_torch(ranks):
     schedules = pytest.importorskip("torch.distributed.pipelining.schedules")
