@@ -6,7 +6,6 @@ import json
 import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -15,13 +14,14 @@ DSV3 = [sys.executable, "-m", "dsv3_cli.main"]
 
 @pytest.fixture(scope="module")
 def published() -> dict:
-    start = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [*DSV3, "train", "dsv3_671b_2048xh800", "--dry-run", "--json"], capture_output=True, text=True, check=True
     )
     report = json.loads(done.stdout)
-    report["seconds"] = time.monotonic() - start
-    report["peak_bytes"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    report["cpu_seconds"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    report["peak_bytes"] = after.ru_maxrss * 1024
     return report
 
 
@@ -55,7 +55,7 @@ def test_run(published):
 
 
 def test_bounds(published):
-    assert published["seconds"] < 60
+    assert published["cpu_seconds"] < 60  # of one core: what it takes where nothing else runs
     assert published["peak_bytes"] < 8e9
 
 

@@ -73,6 +73,7 @@ def megatron_config(recipe: Recipe, device: str, *, inference: bool = False) -> 
         moe_aux_loss_coeff=recipe.schedule.balance_loss,
         moe_token_dispatcher_type="flex" if parallel.dispatcher == "deepep" else parallel.dispatcher,
         moe_enable_deepep=parallel.dispatcher == "deepep",
+        moe_deepep_num_sms=recipe.pipeline.communication_sms or 20,
         moe_grouped_gemm=True,
         moe_permute_fusion=on_gpu,
         # Parallelism

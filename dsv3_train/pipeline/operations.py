@@ -8,8 +8,6 @@ from typing import Literal, NamedTuple, Union
 from dsv3_train.recipe.chunks import chunks_of, stage_count
 
 KINDS = ("1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipev")
-SPLITTING = ("zb1p", "zbv", "dualpipe", "dualpipev")
-"""Schedules that take the gradients of inputs (I) and of weights (W) apart."""
 
 
 class Op(NamedTuple):

@@ -122,7 +122,8 @@ class Pipeline(Section):
     check_messages: bool = False
     """Debugging: send each tensor's place in the schedule before it, and stop on the first that does not match."""
     communication_sms: int = Field(default=20, ge=0)
-    """SMs set aside for communication kernels when it overlaps with computation (report: 20 of 132)."""
+    """SMs for communication kernels that overlap with computation (report, section 3.2.2: 20 of 132): of NCCL under
+    `overlap_pairs`, and of DeepEP. 0: as many as they take themselves."""
 
 
 class Precision(Section):

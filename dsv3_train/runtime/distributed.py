@@ -38,8 +38,19 @@ _GPU_ENVIRONMENT = {
 """What Megatron's own launch scripts set; the shell's value wins."""
 
 
-def prepare_import(device: str) -> None:
+def _gpu_environment(recipe: Recipe | None) -> dict[str, str]:
+    if recipe is None or not recipe.pipeline.overlap_pairs:
+        return _GPU_ENVIRONMENT
+    # Kernels of two streams have to start beside each other, and leave each other room.
+    sms = recipe.pipeline.communication_sms
+    return {**_GPU_ENVIRONMENT, "CUDA_DEVICE_MAX_CONNECTIONS": "32", **({"NCCL_MAX_CTAS": str(sms)} if sms else {})}
+
+
+def prepare_import(device: str, recipe: Recipe | None = None) -> None:
     """What has to happen before Megatron-core is imported: patches on a CPU, environment and TE on a GPU.
+
+    Args:
+        recipe: the run's; None where nothing trains.
 
     Raises:
         UserError: Transformer Engine is missing on a GPU machine, or there is a GPU in a CPU run.
@@ -53,7 +64,7 @@ def prepare_import(device: str) -> None:
 
         cpu.install()
         return
-    for name, value in _GPU_ENVIRONMENT.items():
+    for name, value in _gpu_environment(recipe).items():
         os.environ.setdefault(name, value)
     try:
         import transformer_engine.pytorch  # noqa: F401
