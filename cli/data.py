@@ -64,17 +64,26 @@ def prepare(
 
 @app.command()
 def show(
-    prefix: Annotated[str, typer.Argument(help="Prefix of a dataset.")],
+    prefix: Annotated[str, typer.Argument(help="Prefix of a dataset; with --samples, a run directory.")],
     document: Annotated[int, typer.Option(help="The document to print the beginning of, from 0.")] = 0,
+    samples: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Samples of a run: FIRST-LAST, a number, or skipped.", metavar="SAMPLES"),
+    ] = None,
     as_json: _AsJson = False,
 ) -> None:
-    """Verify that a dataset is whole, and show what it holds.
+    """Verify that a dataset is whole, and show what it holds; or show samples that a run trains on or passes over.
 
     Example: dsv3 data show data/stdlib --document 3
+
+    Example: dsv3 data show runs/smoke --samples skipped
     """
     import dataclasses
     import json
 
+    if samples:
+        _show_samples(prefix, samples, as_json)
+        return
     from dsv3_train.data.show import show as run
 
     contents = run(prefix, document)
@@ -89,6 +98,27 @@ def show(
     shown = contents.document
     print(f"document {shown.number}: {shown.tokens:,} tokens, the first {len(shown.first_ids)}:")
     print(shown.first_ids if shown.text is None else shown.text)
+
+
+def _show_samples(run_dir: str, asked: list[str], as_json: bool) -> None:
+    import contextlib
+    import dataclasses
+    import json
+    import sys
+    from pathlib import Path
+
+    from dsv3_train.training.samples import samples
+
+    with contextlib.redirect_stdout(sys.stderr):  # Megatron prints when it builds an index
+        found = samples(Path(run_dir), asked)
+    if as_json:
+        print(json.dumps({"samples": [dataclasses.asdict(sample) for sample in found]}))
+        return
+    for sample in found:
+        why = "" if sample.reason is None else f", passed over ({sample.reason}"
+        why += f", step {sample.step})" if sample.step else (")" if why else "")
+        print(f"sample {sample.number}: {len(sample.tokens)} tokens{why}")
+        print(sample.tokens if sample.text is None else sample.text)
 
 
 def _summary(prefix: str, manifest: Manifest) -> str:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from dsv3_cli import convert, data, doctor, generate, pipeline, preflight, recipes, train
+from dsv3_cli import convert, data, doctor, generate, pipeline, preflight, recipes, slurm, train
 from dsv3_train.errors import UserError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("doctor")(doctor.doctor)
 app.command("preflight")(preflight.preflight)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(data.app, name="data")
+app.add_typer(slurm.app, name="slurm")
 app.add_typer(convert.app, name="convert")
 app.add_typer(pipeline.app, name="pipeline")
 

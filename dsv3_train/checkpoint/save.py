@@ -242,6 +242,9 @@ def _close(save: _Save, everyone: list[tuple[list, checksums.Sums]]) -> None:
     checksums.write(save.unfinished, known)
 
 
-def _in_words(error: Exception) -> str:
-    reason = " ".join(str(error).split())
-    return reason if isinstance(error, OSError) else f"{type(error).__name__}: {reason}"
+def _in_words(error: BaseException) -> str:
+    """What the disk said, if it said anything: torch puts errors of its own on top."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(cause).split()) if cause else f"{type(error).__name__}: {' '.join(str(error).split())}"

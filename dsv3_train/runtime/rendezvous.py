@@ -16,6 +16,10 @@ import torch.distributed as dist
 from dsv3_train.errors import UserError
 
 
+class Absent(UserError):
+    """A rank or a node did not come, or cannot take part: with other nodes, or later, the same run may begin."""
+
+
 @dataclass(frozen=True)
 class Presence:
     """What a rank says of itself when it comes."""
@@ -40,7 +44,7 @@ def meet(me: Presence, seconds: float, per_node: int) -> tuple[dist.Store, list[
         the store, for `init_process_group`, and everyone on rank 0 (nobody elsewhere).
 
     Raises:
-        UserError: on every rank that came, with the same text: who is missing, which node is at fault, who has another
+        Absent: on every rank that came, with the same text: who is missing, which node is at fault, who has another
             version; or, on this one, that the meeting place does not answer.
     """
     world = int(os.environ["WORLD_SIZE"])
@@ -63,15 +67,17 @@ def meet(me: Presence, seconds: float, per_node: int) -> tuple[dist.Store, list[
             store.wait(["verdict"], 2 * timeout)
             verdict = store.get("verdict").decode()
     except (dist.DistNetworkError, dist.DistStoreError) as error:
+        if me.rank == 0:
+            raise Absent(f"{me}: cannot keep the meeting place at port {port}: {str(error).splitlines()[0]}") from None
         reasons = "".join(f"; {fault}" for fault in me.faults)
-        raise UserError(
+        raise Absent(
             f"{me}: no word from rank 0 at {address}:{port} within {seconds:g} s (faults.join_seconds): its process or "
             f"node is missing, or a firewall is between ({type(error).__name__}){reasons}"
         ) from None
     if verdict:
         if me.rank == 0:
             time.sleep(1)  # the store ends with this process: let the others read why
-        raise UserError(verdict)
+        raise Absent(verdict)
     return store, everyone
 
 

@@ -7,6 +7,8 @@ import signal
 import threading
 import time
 
+from dsv3_train.runtime.exits import PREEMPTED
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _SAME = 1.0
 """Seconds within which a second signal is the same wish: a group and its launcher both pass it on."""
@@ -14,6 +16,8 @@ _SAME = 1.0
 
 class StopRequest:
     """Whether this process was asked to stop. Make it in the main thread.
+
+    Until `heed` is called nothing would ever look, and nothing is to be saved: a signal ends the process, `PREEMPTED`.
 
     Signals are read by a thread of their own, since Python calls no handler while the main thread waits inside a
     collective. Processes that are forked later (data workers, checkpoint writers) ignore both signals: SLURM sends
@@ -24,6 +28,7 @@ class StopRequest:
         self.name: str | None = None
         """Of the first signal; None before it."""
         self._since = 0.0
+        self._heeded = False
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         for number in SIGNALS:
@@ -32,11 +37,17 @@ class StopRequest:
         os.register_at_fork(after_in_child=_ignore)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
+    def heed(self) -> None:
+        """From here on somebody looks at every step."""
+        self._heeded = True
+
     def _listen(self) -> None:
         while True:
             for number in os.read(self._read, 64):
                 if number not in SIGNALS:
                     continue
+                if not self._heeded:
+                    os._exit(PREEMPTED)
                 if self.name is None:
                     self.name, self._since = signal.Signals(number).name, time.monotonic()
                 elif time.monotonic() - self._since > _SAME:

@@ -13,9 +13,12 @@ from dsv3_train.errors import UserError
 from dsv3_train.recipe.load import dump, load
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import deterministic, distributed, heartbeat, preflight_run
+from dsv3_train.runtime.exits import PREEMPTED
 from dsv3_train.runtime.launch import ATTEMPT, Restarts, joined_world, launch
+from dsv3_train.runtime.rendezvous import Absent
 from dsv3_train.runtime.signals import StopRequest
 from dsv3_train.runtime.watchdog import Watchdog
+from dsv3_train.training.rundir import write_state
 from dsv3_train.training.startup import Startup
 
 
@@ -35,7 +38,7 @@ def run(ref: str, overrides: list[str]) -> None:
         _ready_data(recipe)
         startup.mark("data")
     if device == "cpu" or joined:
-        _import(device)  # once, before ranks are forked
+        _import(recipe, device)  # once, before ranks are forked
         startup.mark("imports")
     run_dir = _run_dir(recipe)
     restarts = Restarts(
@@ -71,18 +74,38 @@ def _run_dir(recipe: Recipe) -> Path:
     return Path(recipe.runtime.run_dir.format(name=recipe.name))
 
 
-def _import(device: str) -> None:
-    distributed.prepare_import(device)
+def _import(recipe: Recipe, device: str) -> None:
+    distributed.prepare_import(device, recipe)
     from dsv3_train.training import run  # noqa: F401
 
 
 def _on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) -> None:
+    """Train; rank 0 leaves in RUN_DIR/state how that ended, for whoever starts runs (runtime/slurm.py)."""
+    leader = os.environ["RANK"] == "0"
+    ended = "failed"
+    try:
+        _train_on_rank(recipe, device, startup, joined)
+        ended = "finished"
+    except Absent:
+        raise
+    except UserError:
+        ended = "refused"
+        raise
+    except SystemExit as stop:
+        ended = "preempted" if stop.code == PREEMPTED else "failed"
+        raise
+    finally:
+        if leader and _run_dir(recipe).is_dir():
+            write_state(_run_dir(recipe), ended)
+
+
+def _train_on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) -> None:
     if os.environ.get(ATTEMPT, "0") != "0":
         startup.again()
     stop = StopRequest()
     if recipe.runtime.deterministic:
         deterministic.prepare(device)
-    _import(device)
+    _import(recipe, device)
     import torch
 
     from dsv3_train.checkpoint.state import topology
@@ -97,11 +120,13 @@ def _on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) -> Non
         if joined:
             _ready_data(recipe)
         notes += open_run_dir(run_dir, recipe, dump(recipe), topology(recipe))
+        write_state(run_dir, "running")
     torch.distributed.barrier()
     run = Run(recipe, run_dir, device, startup, notes, stop)
     watchdog = Watchdog(beat, run_dir, recipe.parallel.world_size, recipe.faults.hang_seconds)
     if recipe.faults.hang_seconds:
         watchdog.start()
+    stop.heed()
     try:
         run.train()
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -59,6 +60,12 @@ def _keep_recipe_before(run_dir: Path, recipe: Recipe) -> list[str]:
     if changes and not kept.exists():
         _write(kept, latest.read_text(encoding="utf-8"))
     return [f"recipe changed: {key} was {before}, is {now}" for key, before, now in changes]
+
+
+def write_state(run_dir: Path, state: str) -> None:
+    """Leave in RUN_DIR/state how the run is: running, preempted, finished, refused or failed."""
+    with contextlib.suppress(OSError):  # a full disk: the exit code tells as much
+        _write(run_dir / "state", state + "\n")
 
 
 def environment() -> dict[str, Any]:

@@ -1,0 +1,65 @@
+"""What is the same for every job at a site: `~/.config/dsv3/cluster.yaml`, or the YAML file that DSV3_CLUSTER names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dsv3_train.errors import UserError
+
+
+class Cluster(BaseModel):
+    """A site's defaults. Options of `dsv3 slurm submit` win over them."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    partition: Union[str, None] = None
+    account: Union[str, None] = None
+    time: Union[str, None] = None
+    """Limit of one job, as SLURM writes it: 24:00:00, 7-00:00:00."""
+    container: Union[str, None] = None
+    """Image for pyxis (`srun --container-image`); null: no container."""
+    mounts: list[str] = Field(default_factory=list)
+    """For the container: SOURCE:TARGET. The working directory is mounted anyway."""
+    modules: list[str] = Field(default_factory=list)
+    """`module load` these."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Variables of the job; one that is set where the job is submitted wins."""
+    setup: list[str] = Field(default_factory=list)
+    """Lines of shell before anything starts: `source /shared/venv/bin/activate`."""
+    sbatch: list[str] = Field(default_factory=list)
+    """More options for sbatch: `--constraint=h800`."""
+    srun: list[str] = Field(default_factory=list)
+    """More options for srun: `--cpu-bind=none`."""
+    gpus: bool = True
+    """Ask for GPUs with `--gpus-per-node`; false where SLURM does not know of them."""
+
+
+def load() -> Cluster:
+    """The site's file; without one, no defaults.
+
+    Raises:
+        UserError: the file is no YAML, or has a key that does not exist or a value of another type.
+    """
+    told = os.environ.get("DSV3_CLUSTER")
+    path = Path(told) if told else Path.home() / ".config" / "dsv3" / "cluster.yaml"
+    if not path.is_file():
+        if told:
+            raise UserError(f"DSV3_CLUSTER: {path} does not exist")
+        return Cluster()
+    try:
+        return Cluster.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no YAML ({' '.join(str(error).split())})") from None
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors():
+            key = ".".join(map(str, fault["loc"]))
+            known = ", ".join(Cluster.model_fields)
+            unknown = fault["type"] == "extra_forbidden"
+            lines.append(f"{path}: {key}: " + (f"unknown key; there are {known}" if unknown else fault["msg"]))
+        raise UserError("\n".join(lines)) from None

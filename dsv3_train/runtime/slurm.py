@@ -1,0 +1,219 @@
+"""SLURM: the batch script of a run, which saves before its time is over, goes back into the queue and goes on."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dsv3_train.errors import UserError
+from dsv3_train.recipe.schema import Recipe
+from dsv3_train.runtime.cluster import Cluster
+from dsv3_train.runtime.exits import PREEMPTED
+
+FOLDER = "slurm"
+"""Of a run directory: the submitted recipe, job numbers, output, and what the script remembers between starts."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to submit: one run, or a sweep over several as an array."""
+
+    recipes: list[Recipe]
+    """Resolved; they differ in the sweep's keys and in `runtime.run_dir`."""
+    run_dirs: list[Path]
+    """Absolute, one per recipe."""
+    directory: Path
+    """Where the job runs: relative paths of the recipe count from here."""
+    command: str = "dsv3"
+    """What starts this program on a node."""
+    max_requeues: int = 100
+    options: list[str] = field(default_factory=list)
+    """Of sbatch, as `--dependency=afterany:7`."""
+
+
+def nodes(recipe: Recipe, asked: int | None = None) -> int:
+    """Nodes that a recipe takes.
+
+    Raises:
+        UserError: `asked` is another number, or the processes do not fill the nodes.
+    """
+    world, per_node = recipe.parallel.world_size, recipe.parallel.gpus_per_node
+    if world > per_node and world % per_node:
+        raise UserError(
+            f"parallel.world_size: {world} processes do not fill nodes of {per_node} (parallel.gpus_per_node); "
+            f"set it to {world // per_node * per_node} or {(world // per_node + 1) * per_node}"
+        )
+    needed = -(-world // per_node)
+    if asked not in (None, needed):
+        raise UserError(
+            f"--nodes: {asked} nodes of {per_node} (parallel.gpus_per_node), but parallel.world_size={world} takes "
+            f"{needed}; set parallel.world_size={asked * per_node}, or leave --nodes out"
+        )
+    return needed
+
+
+def environment(recipe: Recipe) -> dict[str, str]:
+    """Variables of a GPU job, each with its reason in `script`'s output."""
+    overlap = recipe.pipeline.overlap_pairs
+    margin = str(recipe.pipeline.communication_sms)
+    return {
+        # One queue: kernels start in the order of their launch. Two streams that overlap need more.
+        "CUDA_DEVICE_MAX_CONNECTIONS": "32" if overlap else "1",
+        "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        # SMs that LayerNorm leaves to communication.
+        "NVTE_FWD_LAYERNORM_SM_MARGIN": margin,
+        "NVTE_BWD_LAYERNORM_SM_MARGIN": margin,
+        # NCCL's flight recorder: what every rank's last collectives were, written when one times out.
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    }
+
+
+def script(job: Job, cluster: Cluster) -> str:
+    """The text for sbatch."""
+    recipe = job.recipes[0]
+    on_gpu = recipe.runtime.device != "cpu"
+    world, per_node = recipe.parallel.world_size, recipe.parallel.gpus_per_node
+    array = len(job.recipes) > 1
+    lines = ["#!/usr/bin/env bash", *_header(job, cluster, on_gpu, array), "", "set -euo pipefail", ""]
+    lines += _places(job, array)
+    lines += [f"module load {' '.join(map(shlex.quote, cluster.modules))}"] if cluster.modules else []
+    lines += cluster.setup
+    chosen = {**(environment(recipe) if on_gpu else {"OMP_NUM_THREADS": "1"}), **cluster.environment}
+    if chosen:
+        lines += ["", "# Where the shell that submitted has a value, that one wins."]
+        lines += [f'export {name}="${{{name}:-{_inside(value)}}}"' for name, value in chosen.items()]
+    if on_gpu:
+        lines += [
+            'export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$run_dir/hangs/nccl_rank_}"',
+            "# On each node's own disk: compilers of many nodes must not write to one place.",
+            'export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/triton-$USER-$SLURM_JOB_ID}"',
+        ]
+    lines += [
+        "",
+        "# Ranks come from SLURM (one task per GPU), the meeting place from here.",
+        'nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
+        "export MASTER_ADDR=\"${MASTER_ADDR:-${nodes%%$'\\n'*}}\"",
+        'export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"',
+        "",
+        "# TERM is for the ranks, which save and end; this shell waits for them.",
+        "trap : TERM USR1",
+        "code=0",
+        *_srun(job, cluster, world, per_node, on_gpu),
+        "",
+        _AFTER.format(
+            preempted=PREEMPTED, max_requeues=job.max_requeues, max_failures=recipe.faults.max_restarts
+        ).strip(),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _header(job: Job, cluster: Cluster, on_gpu: bool, array: bool) -> list[str]:
+    recipe = job.recipes[0]
+    tasks = min(recipe.parallel.world_size, recipe.parallel.gpus_per_node)
+    run_dir = job.run_dirs[0].parent if array else job.run_dirs[0] / FOLDER
+    options = [
+        f"--job-name={recipe.name}",
+        f"--nodes={nodes(recipe)}",
+        f"--ntasks-per-node={tasks}",
+        *([f"--gpus-per-node={tasks}"] if on_gpu and cluster.gpus else []),
+        *(["--exclusive"] if on_gpu else []),
+        *[f"--{name}={value}" for name in ("partition", "account", "time") if (value := getattr(cluster, name))],
+        f"--chdir={job.directory}",
+        f"--output={run_dir}/{'sweep-%A_%a' if array else '%j'}.out",
+        "--open-mode=append",
+        # Without `B:` the ranks get it, not this shell: long enough before the end for a step and a checkpoint.
+        f"--signal=TERM@{recipe.faults.stop_lead_seconds}",
+        "--requeue",
+        *([f"--array=0-{len(job.recipes) - 1}"] if array else []),
+        *cluster.sbatch,
+        *job.options,
+    ]
+    return [f"#SBATCH {option}" for option in options]
+
+
+def _places(job: Job, array: bool) -> list[str]:
+    if array:
+        listed = [f"  {shlex.quote(str(path))}" for path in job.run_dirs]
+        first = ["run_dirs=(", *listed, ")", 'run_dir="${run_dirs[SLURM_ARRAY_TASK_ID]}"']
+    else:
+        first = [f"run_dir={shlex.quote(str(job.run_dirs[0]))}"]
+    return [
+        *first,
+        f'memory="$run_dir/{FOLDER}"',
+        'mkdir -p "$memory"',
+        'echo "$SLURM_JOB_ID" >"$memory/running"',
+        "",
+        "# A chain of jobs, or a requeue that came too late: nothing is left to do.",
+        'if [[ -e "$memory/finished" ]]; then',
+        "  exit 0",
+        "fi",
+        'rm -f "$run_dir/state"',
+    ]
+
+
+def _srun(job: Job, cluster: Cluster, world: int, per_node: int, on_gpu: bool) -> list[str]:
+    options = [f"--ntasks={world}", f"--ntasks-per-node={min(world, per_node)}"]
+    # A rank that fails ends the step at once; one that only ends early, after a minute.
+    options += ["--kill-on-bad-exit=1", "--wait=60", *cluster.srun]
+    if cluster.container:
+        mounts = ",".join([f"{job.directory}:{job.directory}", *cluster.mounts])
+        options += [f"--container-image={cluster.container}", f"--container-mounts={mounts}"]
+        options += [f"--container-workdir={job.directory}", "--no-container-mount-home"]
+    quoted = " \\\n  ".join(map(shlex.quote, options))
+    return [f'srun {quoted} \\\n  {job.command} train "$memory/recipe.yaml" || code=$?']
+
+
+_AFTER = """
+# Rank 0 leaves in `state` how the run ended: srun's code is the largest of all tasks', those that it killed included.
+state=none
+if [[ -e "$run_dir/state" ]]; then
+  read -r state <"$run_dir/state" || true
+fi
+newest=$(find "$run_dir/checkpoints" -maxdepth 1 -name 'step_*' ! -name '*.*' 2>/dev/null | sort | tail -n 1 || true)
+echo "ended with exit code $code, state $state, newest checkpoint ${{newest##*/}}"
+if [[ $state == finished ]]; then
+  touch "$memory/finished"
+  exit 0
+fi
+if [[ -e "$memory/cancelled" ]]; then
+  exit 1
+fi
+if [[ $state != preempted && $code -ne {preempted} ]]; then
+  if [[ $state == refused ]]; then
+    echo "the recipe, the data or the checkpoint is at fault: not queued again"
+    exit 2
+  fi
+  # Failures in a row, without a new checkpoint between them.
+  failures=1
+  if [[ -e "$memory/failures" ]]; then
+    read -r before last <"$memory/failures" || true
+    if [[ ${{last:-}} == "${{newest##*/}}" ]]; then
+      failures=$((before + 1))
+    fi
+  fi
+  echo "$failures ${{newest##*/}}" >"$memory/failures"
+  if ((failures > {max_failures})); then
+    echo "$failures failures in a row without a new checkpoint: not queued again"
+    exit 1
+  fi
+fi
+if ((${{SLURM_RESTART_COUNT:-0}} >= {max_requeues})); then
+  echo "queued again {max_requeues} times already: not once more"
+  exit 1
+fi
+scontrol requeue "$SLURM_JOB_ID"
+# SLURM ends this shell when it has done so.
+sleep 120
+exit 1
+"""
+
+
+def _inside(value: str) -> str:
+    """A value between the braces of `"${NAME:-value}"`."""
+    for character in '\\"$`}':
+        value = value.replace(character, "\\" + character)
+    return value

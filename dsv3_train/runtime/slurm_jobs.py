@@ -1,0 +1,215 @@
+"""Submitting a recipe to SLURM, and what becomes of its jobs. Every path to SLURM goes through `_slurm`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dsv3_train.checkpoint.directory import complete
+from dsv3_train.errors import UserError
+from dsv3_train.recipe.load import dump, load
+from dsv3_train.runtime import cluster as site
+from dsv3_train.runtime import incidents
+from dsv3_train.runtime.slurm import FOLDER, Job, nodes, script
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that could be submitted."""
+
+    job: Job
+    script: str
+    resolved: list[str]
+    """The recipes as YAML."""
+
+    def lay_out(self) -> list[Path]:
+        """Write recipe and script into the run directories, where the job looks for them; their folders there.
+
+        Raises:
+            UserError: a directory cannot be written.
+        """
+        folders = [path / FOLDER for path in self.job.run_dirs]
+        try:
+            for folder, text in zip(folders, self.resolved, strict=True):
+                folder.mkdir(parents=True, exist_ok=True)
+                write(str(folder / "recipe.yaml"), text)
+                write(str(folder / "script.sh"), self.script)
+                for mark in ("cancelled", "finished", "failures"):  # of jobs before
+                    (folder / mark).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{folders[0]}: cannot be written ({error.strerror}); set runtime.run_dir") from None
+        return folders
+
+    def submit(self, chain: int = 1) -> list[str]:
+        """Lay the job out and hand it to sbatch, `chain` times in a row; the jobs' numbers.
+
+        Raises:
+            UserError: SLURM is not here or refuses; or a directory cannot be written.
+        """
+        folders = self.lay_out()
+        jobs: list[str] = []
+        for _ in range(chain):
+            after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
+            jobs.append(_slurm("sbatch", "--parsable", *after, str(folders[0] / "script.sh")).strip().split(";")[0])
+        for folder in folders:
+            (folder / "jobs").write_text("".join(f"{job}\n" for job in jobs), encoding="utf-8")
+        return jobs
+
+
+def prepare(
+    ref: str,
+    overrides: list[str],
+    sweep: list[str],
+    given: dict[str, str | None],
+    asked_nodes: int | None = None,
+    options: list[str] | None = None,
+    max_requeues: int = 100,
+) -> Prepared:
+    """Check everything that can be checked before a job waits in a queue.
+
+    Args:
+        sweep: `key=v1,v2` each; all combinations.
+        given: partition, account, time, container: what is not None wins over the site's file.
+
+    Raises:
+        UserError: the recipe (in any combination), the site's file or the number of nodes is at fault.
+    """
+    defaults = site.load().model_copy(update={name: value for name, value in given.items() if value is not None})
+    axes = []
+    for axis in sweep:
+        key, equals, values = axis.partition("=")
+        if not equals or not values:
+            raise UserError(f"--sweep: {axis!r}: give KEY=VALUE,VALUE, as schedule.lr=1e-4,2e-4")
+        axes.append([f"{key}={value}" for value in values.split(",")])
+    recipes, run_dirs = [], []
+    for number, combination in enumerate(itertools.product(*axes)):
+        recipe = load(ref, [*overrides, *combination])
+        run_dir = recipe.runtime.run_dir.format(name=recipe.name)
+        if axes:
+            run_dir = f"{run_dir}-{number}"
+            recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"run_dir": run_dir})})
+        recipes.append(recipe)
+        run_dirs.append(Path(run_dir).absolute())
+    if len({nodes(recipe, asked_nodes) for recipe in recipes}) > 1:
+        raise UserError("--sweep: its runs take different numbers of nodes, and an array has one; submit them apart")
+    job = Job(recipes, run_dirs, Path.cwd(), max_requeues=max_requeues, options=options or [])
+    # On the nodes this very installation is used, unless a container or the site's setup brings its own.
+    if not defaults.container and not defaults.setup and not defaults.modules:
+        import sys
+
+        job = replace(job, command=f"{sys.executable} -m dsv3_cli.main")
+    return Prepared(job, script(job, defaults), [dump(recipe) for recipe in recipes])
+
+
+def write(path: str, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    unfinished = Path(path + ".unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a run does."""
+
+    job: str | None
+    queue: str | None
+    """What squeue says of it: state, restarts, reason."""
+    state: str
+    """`running`, `preempted`, `finished`, or `none`: as rank 0 left it."""
+    step: int
+    checkpoint: str | None
+    incidents: list[dict[str, Any]]
+    """The last ten."""
+
+
+def status(run: str) -> Status:
+    """Look at a run directory and into the queue.
+
+    Raises:
+        UserError: there is no such run, or SLURM does not answer.
+    """
+    run_dir = _run_dir(run)
+    jobs = _jobs(run_dir)
+    lines = _slurm("squeue", "--noheader", "--format=%i %T restarts=%R", f"--jobs={','.join(jobs)}", check=False)
+    state, metrics, whole = run_dir / "state", run_dir / "metrics.jsonl", complete(run_dir / "checkpoints")
+    step = 0
+    if metrics.is_file():
+        for line in reversed(metrics.read_text(encoding="utf-8").splitlines()):
+            try:
+                step = json.loads(line)["step"]
+                break
+            except (ValueError, KeyError):  # just being written
+                continue
+    return Status(
+        job=jobs[-1],
+        queue=lines.strip() or None,
+        state=state.read_text(encoding="utf-8").strip() if state.is_file() else "none",
+        step=step,
+        checkpoint=whole[-1].name if whole else None,
+        incidents=incidents.read(run_dir)[-10:],
+    )
+
+
+def output(run: str) -> Path:
+    """The newest output file of a run's jobs.
+
+    Raises:
+        UserError: there is none yet.
+    """
+    run_dir = _run_dir(run)
+    jobs = _jobs(run_dir)
+    found = list((run_dir / FOLDER).glob("*.out"))
+    found += [path for job in jobs for path in run_dir.parent.glob(f"sweep-{job}_*.out")]
+    if not found:
+        raise UserError(f"{run_dir / FOLDER}: no output yet; see dsv3 slurm status {run}")
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def cancel(run: str) -> list[str]:
+    """End a run's jobs for good; their numbers.
+
+    Raises:
+        UserError: there is no such run, or SLURM refuses.
+    """
+    run_dir = _run_dir(run)
+    jobs = _jobs(run_dir)
+    (run_dir / FOLDER / "cancelled").touch()  # else the script, told to end, would queue itself again
+    _slurm("scancel", *jobs)
+    return jobs
+
+
+def _run_dir(run: str) -> Path:
+    path = Path(run)
+    if not (path / FOLDER).is_dir():
+        raise UserError(f"{run}: no run that was submitted with dsv3 slurm submit; give its run directory")
+    return path
+
+
+def _jobs(run_dir: Path) -> list[str]:
+    path = run_dir / FOLDER / "jobs"
+    if not path.is_file():
+        raise UserError(f"{path}: missing: the run was prepared, but never submitted")
+    return path.read_text(encoding="utf-8").split()
+
+
+def _slurm(program: str, *arguments: str, check: bool = True) -> str:
+    try:
+        done = subprocess.run([program, *arguments], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError(f"{program}: not found; submit where SLURM is installed, or look with --dry-run") from None
+    if done.returncode and check:
+        raise UserError(f"{program}: {' '.join(done.stderr.split())}")
+    return done.stdout

@@ -1,0 +1,227 @@
+"""What keeps a run alive, part by part; tools/chaos.py tries the whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dsv3_train.checkpoint import checksums
+from dsv3_train.errors import UserError
+from dsv3_train.runtime import heartbeat, incidents
+from dsv3_train.runtime.exits import HUNG, PREEMPTED
+from dsv3_train.runtime.heartbeat import Beat
+from dsv3_train.runtime.launch import ATTEMPT, Restarts, launch
+from dsv3_train.runtime.watchdog import Watchdog, blame
+from dsv3_train.training.skips import Skip, Skips
+from dsv3_train.training.spikes import Spikes
+
+
+def restarts(run_dir: Path, limit: int, progress=lambda: None) -> Restarts:
+    return Restarts(limit, run_dir, progress)
+
+
+def test_a_killed_rank_is_named_and_all_are_started_again(tmp_path, capfd):
+    def work() -> None:
+        beat = heartbeat.start(tmp_path / "heartbeats", int(os.environ["RANK"]))
+        beat.mark("forward of micro-batch 3", step=17)
+        (tmp_path / f"{os.environ['RANK']}-{os.environ[ATTEMPT]}").touch()
+        if os.environ["RANK"] == "1" and os.environ[ATTEMPT] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.3)
+
+    launch(work, 3, "cpu", restarts(tmp_path, 1))
+    assert all((tmp_path / f"{rank}-1").exists() for rank in range(3))
+    told = capfd.readouterr().err
+    assert "rank 1 was ended by SIGKILL" in told
+    assert "step 17, forward of micro-batch 3" in told
+    (incident,) = incidents.read(tmp_path)
+    assert (incident["kind"], incident["rank"], incident["step"]) == ("death", 1, 17)
+
+
+def test_failures_in_a_row_are_limited_but_progress_is_not_a_failure(tmp_path, capfd):
+    def work() -> None:
+        (tmp_path / os.environ[ATTEMPT]).touch()
+        if int(os.environ[ATTEMPT]) < 3:  # gets on three times, then never again
+            (tmp_path / "checkpoint").write_text(os.environ[ATTEMPT])
+        raise SystemExit(7)
+
+    checkpoint = tmp_path / "checkpoint"
+    with pytest.raises(SystemExit) as stop:
+        launch(work, 1, "cpu", restarts(tmp_path, 2, lambda: checkpoint.exists() and checkpoint.read_text()))
+    assert stop.value.code == 7
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdigit()) == ["0", "1", "2", "3", "4"]
+    assert "3 failures in a row without a new checkpoint" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("error", [UserError("file: key: fix"), SystemExit(PREEMPTED)])
+def test_not_started_again(tmp_path, error):
+    def work() -> None:
+        (tmp_path / os.environ[ATTEMPT]).touch()
+        raise error
+
+    with pytest.raises(type(error)):
+        launch(work, 1, "cpu", restarts(tmp_path, 5))
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+
+
+def test_no_process_is_left(tmp_path):
+    """A killed rank's own children (writers, data workers) end with it."""
+
+    def work() -> None:
+        if os.environ["RANK"] == "0":
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+            (tmp_path / "child").write_text(str(child.pid))
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.2)
+
+    with pytest.raises(SystemExit):
+        launch(work, 2, "cpu")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "child").read_text()), 0)
+
+
+def test_hang_is_ended_and_the_rank_named(tmp_path, capfd):
+    """Two ranks wait for the third, which is busy elsewhere."""
+
+    def work() -> None:
+        rank = int(os.environ["RANK"])
+        beat = heartbeat.start(tmp_path / "heartbeats", rank)
+        watchdog = Watchdog(beat, tmp_path, 3, limit=2.0)
+        watchdog.start()
+        beat.mark("forward", step=5)
+        if rank == 2:
+            busy_elsewhere()
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo", rank=rank, world_size=3)
+
+    def busy_elsewhere() -> None:
+        time.sleep(60)
+
+    import torch.distributed  # noqa: F401  before forking
+
+    start = time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        launch(work, 3, "cpu", None)
+    assert stop.value.code == HUNG
+    assert time.monotonic() - start < 15
+    told = capfd.readouterr().err
+    assert "no progress for 2 s: rank 2 on " in told
+    assert "step 5, forward, at busy_elsewhere (tests/test_faults.py:" in told
+    assert "busy_elsewhere" in (tmp_path / "hangs" / "2.txt").read_text()
+    assert incidents.read(tmp_path)[0]["kind"] == "hang"
+
+
+def beat(rank: int, **changes) -> Beat:
+    base = {"host": f"n{rank // 2}", "process": 1, "step": 9, "operation": "forward", "marks": 50, "since": 100.0}
+    return Beat(rank, **{**base, "alive": 160.0, "waiting": True, "where": "all_reduce", **changes})
+
+
+def test_blame():
+    """A silent process before a busy one, before one that is behind; said by the lowest rank that runs."""
+    four = {rank: beat(rank) for rank in range(4)}
+    text, speaker = blame({**four, 0: beat(0, alive=120.0), 1: beat(1, waiting=False)}, 161.0, 5.0)
+    assert (text.split(" gave")[0], speaker) == ("rank 0 on n0 (process 1), step 9, forward", 1)
+    assert "no sign of life for 41 s" in text.replace("gave ", "")
+    text, speaker = blame({**four, 3: beat(3, waiting=False, where="read (data.py:7)")}, 161.0, 5.0)
+    assert text == "rank 3 on n1 (process 1), step 9, forward, at read (data.py:7) for 61 s"
+    assert blame({**four, 2: beat(2, marks=49)}, 161.0, 5.0)[0].startswith("rank 2 on n1")
+    assert blame({**four, 2: None}, 161.0, 5.0) == ("rank 2 never began to train", 0)
+
+
+SIGNALLED = """
+import sys, time
+from dsv3_train.runtime.signals import StopRequest
+stop = StopRequest()
+if sys.argv[1] == "heed":
+    stop.heed()
+print("ready", flush=True)
+while stop.name is None:
+    time.sleep(0.01)
+print(stop.name, flush=True)
+time.sleep(60)
+"""
+
+
+def test_signals():
+    def start(heed: str) -> subprocess.Popen:
+        process = subprocess.Popen([sys.executable, "-c", SIGNALLED, heed], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    before = start("no")
+    before.send_signal(signal.SIGTERM)
+    assert before.wait(10) == PREEMPTED  # nothing to save yet
+    process = start("heed")
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGTERM)  # by the launcher as well, at the same moment: one wish
+    assert process.stdout.readline() in ("SIGUSR1\n", "SIGTERM\n")
+    time.sleep(1.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
+
+
+def test_spikes():
+    losses = [5.0 - 0.01 * step + 0.02 * (-1) ** step for step in range(40)]
+    spikes = Spikes(8.0, 16)
+    assert not any(spikes.add(loss) for loss in losses)
+    assert not spikes.add(math.nan)
+    assert spikes.add(6.0)
+    assert 6.0 not in spikes.losses  # one spike must not hide the next
+    assert spikes.add(6.0)
+    assert not spikes.add(4.6)
+    again = Spikes(8.0, 16, list(spikes.losses))
+    assert again.score(6.0) == spikes.score(6.0) > 8
+    flat = Spikes(8.0, 16, [2.0] * 16)
+    assert not flat.add(2.0001)
+    assert not Spikes(None, 16, [2.0] * 16).add(100.0)
+    assert not Spikes(8.0, 16, [2.0] * 5).add(100.0)  # too few to judge by
+
+
+def test_skips(tmp_path):
+    skips = Skips(tmp_path, ["40-47"])
+    assert [skips.covers(first, 8) for first in (24, 32, 36, 40, 47, 48)] == [False, False, True, True, True, False]
+    skips.add(Skip(64, 79, "spike", 9, 7.5), write=True)
+    again = Skips(tmp_path, [])
+    assert [(skip.first, skip.last, skip.reason) for skip in again.all] == [(64, 79, "spike")]
+    assert again.rollbacks() == 1
+    assert skips.before(64) == [[40, 47]]
+    assert skips.before(65) == [[40, 47], [64, 79]]
+
+    def common(consumed: int, *known: list[int]) -> dict:
+        return {"position": {"consumed_samples": consumed}, "guarded": {"skipped": list(known)}}
+
+    assert again.against(common(64)) is None
+    assert "64-79 (spike)" in again.against(common(72))
+    assert again.against(common(80, [64, 79])) is None
+    assert "80-87" in again.against(common(88, [64, 79]), Skip(80, 87, "spike"))
+    (tmp_path / "skips.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"skips\.jsonl:1"):
+        Skips(tmp_path, [])
+
+
+def test_checksums(tmp_path):
+    files = {name: os.urandom(1000) for name in ("a", "b", "c")}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    checksums.write(tmp_path, checksums.sums(tmp_path / name for name in files))
+    assert checksums.fault(tmp_path) is None
+    (tmp_path / "b").write_bytes(files["b"][:-1] + bytes([files["b"][-1] ^ 1]))
+    assert checksums.fault(tmp_path).startswith("b: its SHA-256")
+    # Each of three ranks reads a third.
+    assert [checksums.fault(tmp_path, (rank, 3)) is None for rank in range(3)] == [True, False, True]
+    (tmp_path / "b").write_bytes(files["b"][:500])
+    assert checksums.fault(tmp_path) == "b: 500 bytes, 1000 were written"
+    (tmp_path / "b").unlink()
+    assert checksums.fault(tmp_path) == "b: missing"
+    (tmp_path / checksums.NAME).write_text(json.dumps({"sha256": [1]}))
+    assert checksums.fault(tmp_path).startswith("manifest.json: not a manifest")
