@@ -29,6 +29,7 @@ def megatron_config(recipe: Recipe, device: str, *, inference: bool = False) -> 
     params_dtype = torch.bfloat16 if bf16 else torch.float32
     dense, layers = model.first_k_dense_replace, model.num_hidden_layers
     config = MLATransformerConfig(
+        deterministic_mode=recipe.runtime.deterministic,
         # Architecture
         num_layers=layers,
         hidden_size=model.hidden_size,

@@ -23,6 +23,7 @@ from dsv3_train.pipeline.messages import Messages
 from dsv3_train.pipeline.operations import Compute, Exchange, Message, Op, Schedule
 from dsv3_train.pipeline.pairs import Pairs
 from dsv3_train.pipeline.timeline import Timeline
+from dsv3_train.runtime import heartbeat
 
 _Key = tuple[int, int, int]
 """Direction, stage, micro-batch."""
@@ -151,6 +152,7 @@ class _Batch:
                 if isinstance(event, Exchange):
                     self.messages.post(event.transfers, self.outgoing, self.shape)
                     continue
+                heartbeat.mark(" & ".join(map(str, event.ops)))
                 # Waits for what has to arrive stay out of the operation's time.
                 ready = [(op, self._await(op)) for op in event.ops]
                 with self.executor.timeline.span(event.ops):

@@ -22,6 +22,9 @@ class Op(NamedTuple):
     micro_batch: int
     """Counted within its direction."""
 
+    def __str__(self) -> str:
+        return f"{self.kind} of micro-batch {self.micro_batch} at stage {self.stage}" + ("'" if self.direction else "")
+
 
 class Message(NamedTuple):
     """A tensor on its way to the next stage of a direction: an activation (F) onward, its gradient (B) back."""

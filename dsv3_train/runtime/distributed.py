@@ -13,6 +13,7 @@ import torch
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.chunks import MIRRORED, SCHEDULED
 from dsv3_train.recipe.schema import Recipe
+from dsv3_train.runtime.gpu_environment import gpu_environment
 
 _TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -29,21 +30,6 @@ def device_of(recipe: Recipe) -> str:
     if recipe.runtime.device == "auto":
         return "cuda" if available else "cpu"
     return recipe.runtime.device
-
-
-_GPU_ENVIRONMENT = {
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # kernels start in the order of their launch: communication before compute
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-}
-"""What Megatron's own launch scripts set; the shell's value wins."""
-
-
-def _gpu_environment(recipe: Recipe | None) -> dict[str, str]:
-    if recipe is None or not recipe.pipeline.overlap_pairs:
-        return _GPU_ENVIRONMENT
-    # Kernels of two streams have to start beside each other, and leave each other room.
-    sms = recipe.pipeline.communication_sms
-    return {**_GPU_ENVIRONMENT, "CUDA_DEVICE_MAX_CONNECTIONS": "32", **({"NCCL_MAX_CTAS": str(sms)} if sms else {})}
 
 
 def prepare_import(device: str, recipe: Recipe | None = None) -> None:
@@ -64,7 +50,7 @@ def prepare_import(device: str, recipe: Recipe | None = None) -> None:
 
         cpu.install()
         return
-    for name, value in _gpu_environment(recipe).items():
+    for name, value in gpu_environment(recipe).items():
         os.environ.setdefault(name, value)
     try:
         import transformer_engine.pytorch  # noqa: F401

@@ -49,10 +49,10 @@ def run(ref: str, overrides: list[str], show: Callable[[Report], None]) -> None:
     recipe = load(ref, overrides)
     device = distributed.device_of(recipe)
     if device == "cpu":
-        distributed.prepare_import(device)  # once, before ranks are forked
+        distributed.prepare_import(device, recipe)  # once, before ranks are forked
 
     def on_rank() -> None:
-        distributed.prepare_import(device)
+        distributed.prepare_import(device, recipe)
         report = _check(recipe, device, Path(recipe.runtime.run_dir.format(name=recipe.name)))
         if int(os.environ["RANK"]) == 0:
             show(report)

@@ -10,6 +10,7 @@ from dsv3_train.errors import UserError
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime.cluster import Cluster
 from dsv3_train.runtime.exits import PREEMPTED
+from dsv3_train.runtime.gpu_environment import gpu_environment
 
 FOLDER = "slurm"
 """Of a run directory: the submitted recipe, job numbers, output, and what the script remembers between starts."""
@@ -53,24 +54,6 @@ def nodes(recipe: Recipe, asked: int | None = None) -> int:
     return needed
 
 
-def environment(recipe: Recipe) -> dict[str, str]:
-    """Variables of a GPU job, each with its reason in `script`'s output."""
-    overlap = recipe.pipeline.overlap_pairs
-    margin = str(recipe.pipeline.communication_sms)
-    return {
-        # One queue: kernels start in the order of their launch. Two streams that overlap need more.
-        "CUDA_DEVICE_MAX_CONNECTIONS": "32" if overlap else "1",
-        "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        # SMs that LayerNorm leaves to communication.
-        "NVTE_FWD_LAYERNORM_SM_MARGIN": margin,
-        "NVTE_BWD_LAYERNORM_SM_MARGIN": margin,
-        # NCCL's flight recorder: what every rank's last collectives were, written when one times out.
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-    }
-
-
 def script(job: Job, cluster: Cluster) -> str:
     """The text for sbatch."""
     recipe = job.recipes[0]
@@ -81,7 +64,7 @@ def script(job: Job, cluster: Cluster) -> str:
     lines += _places(job, array)
     lines += [f"module load {' '.join(map(shlex.quote, cluster.modules))}"] if cluster.modules else []
     lines += cluster.setup
-    chosen = {**(environment(recipe) if on_gpu else {"OMP_NUM_THREADS": "1"}), **cluster.environment}
+    chosen = {**(gpu_environment(recipe) if on_gpu else {"OMP_NUM_THREADS": "1"}), **cluster.environment}
     if chosen:
         lines += ["", "# Where the shell that submitted has a value, that one wins."]
         lines += [f'export {name}="${{{name}:-{_inside(value)}}}"' for name, value in chosen.items()]

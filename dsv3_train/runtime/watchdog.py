@@ -70,10 +70,15 @@ class Watchdog:
         os._exit(HUNG)
 
     def _dump_stacks(self) -> None:
+        """Where every thread is, and on a GPU what NCCL's flight recorder knows."""
+        place = self._run_dir / "hangs"
         try:
-            (self._run_dir / "hangs").mkdir(exist_ok=True)
-            with (self._run_dir / "hangs" / f"{self._heartbeat.rank}.txt").open("w") as file:
+            place.mkdir(exist_ok=True)
+            with (place / f"{self._heartbeat.rank}.txt").open("w") as file:
                 faulthandler.dump_traceback(file)
+            if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
+                recorded = sys.modules["torch"]._C._distributed_c10d._dump_nccl_trace()
+                (place / f"nccl-{self._heartbeat.rank}.pickle").write_bytes(recorded)
         except OSError:
             faulthandler.dump_traceback()
 

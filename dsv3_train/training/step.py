@@ -19,6 +19,7 @@ from dsv3_train.optim.build import set_learning_rate
 from dsv3_train.optim.schedules import Values
 from dsv3_train.pipeline.executor import Executor
 from dsv3_train.recipe.schema import Recipe
+from dsv3_train.runtime import heartbeat
 from dsv3_train.runtime.pipeline_groups import replicas
 from dsv3_train.training.experts import ExpertLoad
 from dsv3_train.training.losses import Losses, reduce_losses
@@ -83,6 +84,7 @@ def _loss(loss_mask_bs: torch.Tensor | None, loss_bs: torch.Tensor) -> tuple[tor
 
 
 def _forward(batches: Iterator[Batch] | None, model: Any, return_schedule_plan: bool = False):
+    heartbeat.mark("forward of a micro-batch")
     run = model.build_schedule_plan if return_schedule_plan else model
     if batches is None:
         return run(None, None, None), partial(_loss, None)
