@@ -1,7 +1,7 @@
 """Block-scaled FP8 in plain PyTorch: the oracle for GPU kernels. Slow, exact about its rounding, on any device.
 
 Activations and gradients are scaled in tiles of 1 x 128, weights in blocks of 128 x 128, each by its own largest value
-(report, section 3.3.2). A scale is 448 / amax in FP32, or the power of 2 below it; a tile of zeros, or one with an infinity
+(report, section 3.3.2). A scale is 448 / amax in FP32, or the power of 2 below it; a tile of zeros, or with an infinity
 or NaN, has scale 1 (Transformer Engine's rule, common/recipe/recipe_common.cuh). Not yet held against its kernels.
 """
 
