@@ -73,6 +73,19 @@ def test_there_and_back(directories, runs, tmp_path, name):
     assert_same_files(directories[name], tmp_path / "back")
 
 
+def test_routing_biases_that_came_in_bf16(tmp_path):
+    """A directory saved in one type throughout (Moonlight's): FP32 in the checkpoint, and back as it was."""
+    hf_models.save(tmp_path / "hf")
+    contents = {name: tensor.bfloat16() for name, tensor in hf_models.tensors(tmp_path / "hf").items()}
+    hf_models.rewrite(tmp_path / "hf", contents, dtype="bfloat16")
+    report = convert_in(tmp_path / "hf", tmp_path / "run")
+    assert any("routing biases are BF16" in note for note in report["notes"])
+    found = Checkpoint(resolve(tmp_path / "run")).tensors
+    assert {found[key].dtype for key in found if key.endswith("expert_bias")} == {"F32"}
+    convert_out(tmp_path / "run", tmp_path / "back")
+    assert_same_files(tmp_path / "hf", tmp_path / "back")
+
+
 def test_two_workers_write_the_same(directories, runs, tmp_path):
     convert_in(directories["fp8"], tmp_path / "run", workers=2)
     convert_out(tmp_path / "run", tmp_path / "back", workers=2)
@@ -153,19 +166,26 @@ def test_drop_mtp_on_the_way_out(directories, runs, tmp_path):
     assert inspect.inspect(tmp_path / "back")["missing"] == []
 
 
-def test_transformers_loads_what_comes_out(directories, runs, tmp_path):
-    """No missing or unexpected key; its logits are those of the model before."""
-    import transformers
+LOADED = """
+import sys, torch, transformers
+load = transformers.DeepseekV3ForCausalLM.from_pretrained
+model, info = load(sys.argv[1], output_loading_info=True, torch_dtype=torch.float32, attn_implementation="eager")
+assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+tokens = torch.randint(0, 160, (1, 32), generator=torch.Generator().manual_seed(0))
+torch.save(model(tokens).logits.detach(), sys.argv[2])
+"""
 
-    tokens = torch.randint(0, 160, (1, 32), generator=torch.Generator().manual_seed(0))
+
+def test_transformers_loads_what_comes_out(runs, tmp_path):
+    """No missing or unexpected key; its logits are those of the model before. In a process without our patches."""
     convert_out(runs["fp32"], tmp_path / "back")
-    model, info = transformers.DeepseekV3ForCausalLM.from_pretrained(
-        tmp_path / "back", output_loading_info=True, torch_dtype=torch.float32, attn_implementation="eager"
-    )
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
+    arguments = [sys.executable, "-c", LOADED, str(tmp_path / "back"), str(tmp_path / "logits.pt")]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tokens = torch.randint(0, 160, (1, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.equal(model(tokens).logits, hf_models.reference(**WIDE)(tokens).logits)
+        expected = hf_models.reference(**WIDE)(tokens).logits
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_run_that_came_from_nowhere(runs, tmp_path):
@@ -230,3 +250,27 @@ def test_verify_sees_a_difference(directories, tmp_path):
     assert found["different"] == ["model.layers.2.mlp.experts.3.up_proj.weight"]
     assert found["missing"] == ["model.layers.2.mlp.experts.4.up_proj.weight"]
     assert inspect.inspect(other)["missing"] == found["missing"]
+
+
+def test_generate_from_a_converted_model(tmp_path):
+    """The tokenizer comes along, and the recipe is enough to run it."""
+    from dsv3_train.data import tokenizer
+
+    hf_models.save(tmp_path / "hf", vocab_size=320)
+    (tmp_path / "hf" / "tokenizer.json").write_bytes(tokenizer.train(["def f(x): return x"] * 9, 300))
+    convert_in(tmp_path / "hf", tmp_path / "run")
+    command = [
+        sys.executable,
+        "-m",
+        "dsv3_cli.main",
+        "generate",
+        "run",
+        "--prompt",
+        "def ",
+        "--max-tokens",
+        "3",
+        "--json",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["prompt"] == "def "

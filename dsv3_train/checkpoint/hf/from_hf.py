@@ -93,6 +93,9 @@ def make_plan(
     found = find(directory, recipe.model, modules)
     if directory.main_dtype != "F8_E4M3" and directory.config.get("quantization_config"):
         notes.append("config.json has a quantization_config, but no tensor is FP8")
+    rounded = [one for one in found if one.weight.stored == "fp32" and one.stored.dtype != "F32"]
+    if rounded:
+        notes.append(f"{rounded[0].weight.name} and all routing biases are {rounded[0].stored.dtype} in these files")
     return Plan(directory, recipe, modules, found, _files(found, dtype), notes)
 
 

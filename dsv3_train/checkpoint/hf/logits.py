@@ -11,6 +11,7 @@ import torch
 
 from dsv3_train.checkpoint.hf import config as configs
 from dsv3_train.checkpoint.hf.names import weights
+from dsv3_train.checkpoint.hf.sides import Side
 from dsv3_train.checkpoint.hf.verify import Weights
 from dsv3_train.errors import UserError
 from dsv3_train.recipe import load as recipes
@@ -105,21 +106,32 @@ def _transformers(side: Weights) -> Any:
     name = kinds[config["model_type"]]
     if not hasattr(transformers, f"{name}ForCausalLM"):
         return None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    state = {weight.name: _whole(side.tensors[weight.name]) for weight in weights(side.model, 0)}
-    settings = getattr(transformers, f"{name}Config").from_dict({**config, "torch_dtype": "float32"})
+    settings = getattr(transformers, f"{name}Config").from_dict(config)
     settings._attn_implementation = "eager"
-    model = getattr(transformers, f"{name}ForCausalLM").from_pretrained(
-        None, config=settings, state_dict=state, torch_dtype=torch.float32
-    )
+    # Built and filled by hand: `from_pretrained` builds on the meta device, which the patches for Megatron upset.
+    model = getattr(transformers, f"{name}ForCausalLM")(settings).float().eval()
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            _put(side.tensors, key, tensor)
 
     def logits(tokens_1s: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return model.eval()(tokens_1s).logits.float()
+            return model(tokens_1s).logits.float()
 
     return logits
 
 
-def _whole(side: Any) -> torch.Tensor:
-    return side.rows(0, side.weight.shape[0]).float().clone()
+def _put(tensors: dict[str, Side], key: str, tensor: torch.Tensor) -> None:
+    """Fill a tensor of transformers' model; from version 5 on it has a layer's experts in one."""
+    layer, fused, part = key.partition(".experts.")
+    if fused and part in ("gate_up_proj", "down_proj"):
+        names = ("down",) if part == "down_proj" else ("gate", "up")
+        for expert, values in enumerate(tensor):
+            rows = [_whole(tensors[f"{layer}.experts.{expert}.{name}_proj.weight"]) for name in names]
+            values.copy_(torch.cat(rows))
+    else:
+        tensor.copy_(_whole(tensors[key]))
+
+
+def _whole(side: Side) -> torch.Tensor:
+    return side.rows(0, side.weight.shape[0]).float()

@@ -16,7 +16,7 @@ import torch
 from dsv3_train.checkpoint.hf import config as configs
 from dsv3_train.checkpoint.hf import fp8, origin, work
 from dsv3_train.checkpoint.hf.files import DTYPES, Layout, Stored, itemsize, layout, write_at
-from dsv3_train.checkpoint.hf.names import BLOCK, SCALE, Weight
+from dsv3_train.checkpoint.hf.names import BLOCK, SCALE
 from dsv3_train.checkpoint.hf.origin import Origin
 from dsv3_train.checkpoint.hf.published import INDEX, SINGLE
 from dsv3_train.checkpoint.hf.run import checkpoint_side, recipe_beside
@@ -102,7 +102,7 @@ def make_plan(checkpoint: Path, dtype: Dtype | None, mtp: Mtp | None) -> Plan:
     main = came_from.main_dtype if came_from else MAIN[recipe.precision.params]
     chosen: Dtype = dtype if dtype is not None else _CHOICE[main]
     powers_of_two = _scale_format(came_from) == "ue8m0"
-    outputs = {one.weight.name: Output(one, _dtype(one.weight, chosen, came_from), powers_of_two) for one in side}
+    outputs = {one.weight.name: Output(one, _dtype(one, chosen, came_from), powers_of_two) for one in side}
     names = [tensor for output in outputs.values() for tensor in _tensors(output)]
     weight_map, index = _placed(names, outputs, came_from)
     config, verbatim = _config(recipe, chosen, modules, came_from)
@@ -113,13 +113,17 @@ def _scale_format(came_from: Origin | None) -> str | None:
     return ((came_from.config.get("quantization_config") or {}) if came_from else {}).get("scale_fmt")
 
 
-def _dtype(weight: Weight, dtype: Dtype, came_from: Origin | None) -> str:
+def _dtype(one: Sharded, dtype: Dtype, came_from: Origin | None) -> str:
     """As usual for `dtype`; what the origin stored otherwise stays so, unless everything is to be FP32."""
-    usual = origin.usual_dtype(weight, MAIN[dtype])
-    if came_from is None or dtype == "fp32" or weight.name not in came_from.exceptions or weight.stored == "fp32":
+    weight, usual = one.weight, origin.usual_dtype(one.weight, MAIN[dtype])
+    if came_from is None or dtype == "fp32" or weight.name not in came_from.exceptions:
         return usual
-    kept = came_from.exceptions[weight.name]
-    return kept if came_from.main_dtype == MAIN[dtype] or (kept == "F32" != came_from.main_dtype) else usual
+    kept, same = came_from.exceptions[weight.name], came_from.main_dtype == MAIN[dtype]
+    if weight.stored == "fp32":
+        # A routing bias that came in BF16 goes back so while training has not changed it, and in FP32 from then on.
+        bias = one.rows(0, weight.shape[0]).float()
+        return kept if same and torch.equal(bias.to(DTYPES[kept]).float(), bias) else usual
+    return kept if same or (kept == "F32" != came_from.main_dtype) else usual
 
 
 def _tensors(output: Output) -> list[str]:

@@ -1,0 +1,110 @@
+"""Training that begins from Hugging Face's files, or from what was made of them, and goes back."""
+
+from __future__ import annotations
+
+import filecmp
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_models
+from dsv3_train.checkpoint.directory import resolve
+from dsv3_train.checkpoint.hf import from_hf, to_hf
+from dsv3_train.checkpoint.hf.sharded import Checkpoint
+from dsv3_train.data.prepare import prepare
+from dsv3_train.recipe.load import load
+from dsv3_train.recipe.schema import Prepare
+from dsv3_train.runtime import distributed
+from parity import in_processes
+
+pytest.importorskip("transformers")
+
+LAYOUTS = {
+    "one": ["parallel.zero1=false"],
+    "pp2_ep2": ["parallel.world_size=4", "parallel.pipeline=2", "parallel.expert=2", "pipeline.layout=Ettt|tmL"],
+}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory) -> tuple[Path, Path, str]:
+    """A directory with MTP, the run that was made of it, and a dataset."""
+    where = tmp_path_factory.mktemp("begun")
+    hf_models.save(where / "hf", vocab_size=512)
+    hf_models.add_mtp(where / "hf", shards=2)
+    from_hf.convert(from_hf.make_plan(where / "hf", None, [], None, None, "small"), where / "run", 1, lambda *_: None)
+    sources = str(Path(__file__).parents[2] / "dsv3_train" / "recipe")
+    prepare(Prepare(inputs=[sources], output=str(where / "data"), vocab_size=512), workers=1)
+    distributed.prepare_import("cpu")
+    import dsv3_train.training.run  # noqa: F401  once, before forking
+
+    return where / "hf", where / "run", str(where / "data")
+
+
+@pytest.mark.parametrize(("source", "layout"), [("hf", "pp2_ep2"), ("run", "one")])
+def test_begin(begun, tmp_path, source, layout):
+    """One step with learning rate 0: the log says what began afresh, averages are the weights, the files come back."""
+    files, run, data = begun
+    load_from = f"hf:{files}" if source == "hf" else str(run)
+    recipe = load(
+        str(run / "recipe.yaml"),
+        [
+            *LAYOUTS[layout],
+            f"checkpoint.load={load_from}",
+            f"runtime={{device: cpu, run_dir: {tmp_path / 'trained'}}}",
+            f"data={{train: [{{path: {data}}}], workers: 0}}",
+            "training={duration: 1 steps, sequence_length: 32}",
+            "schedule.lr=0",
+            "optim.ema_decay=0.9",
+            "logging.tensorboard=false",
+        ],
+    )
+
+    def on_rank() -> None:
+        from dsv3_train.training.run import Run
+        from dsv3_train.training.startup import Startup
+
+        distributed.start(recipe, "cpu")
+        Run(recipe, tmp_path / "trained", "cpu", Startup()).train()
+        distributed.stop()
+
+    (tmp_path / "trained").mkdir()
+    in_processes(on_rank, recipe.parallel.world_size)
+    (tmp_path / "trained" / "recipe.yaml").write_text(
+        (run / "recipe.yaml").read_text().replace("  load: null\n", f"  load: {load_from}\n")
+    )
+    log = (tmp_path / "trained" / "log.txt").read_text()
+    assert "optimizer and schedules begin afresh" in log
+    assert str(files if source == "hf" else run) in log
+    saved = Checkpoint(resolve(tmp_path / "trained"))
+    averages = [key for key in saved.tensors if key.startswith("ema.")]
+    assert len(averages) > 50
+    for key in averages:
+        shape = saved.tensors[key].shape
+        weight, average = (saved.read(name, [0] * len(shape), shape) for name in (key.removeprefix("ema."), key))
+        assert torch.equal(weight, average), key
+    plan = to_hf.make_plan(resolve(tmp_path / "trained"), None, None)
+    to_hf.convert(plan, tmp_path / "back", 1, lambda *_: None)
+    names = sorted(file.name for file in files.iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "back").iterdir())
+    assert all(filecmp.cmp(files / name, tmp_path / "back" / name, shallow=False) for name in names)
+
+
+def test_files_that_contradict_the_recipe(begun, tmp_path):
+    """Named key by key before anything runs; a stretched RoPE is a note, for a context extension changes it."""
+    from dsv3_train.checkpoint.hf.fill import load_published
+    from dsv3_train.errors import UserError
+
+    files, run, _ = begun
+    recipe = load(
+        str(run / "recipe.yaml"), ["model.topk_group=1", "model.intermediate_size=160", "model.rope_theta=5e5"]
+    )
+    with pytest.raises(UserError) as error:
+        load_published(files, recipe, [])
+    lines = str(error.value).splitlines()
+    assert len(lines) == 2
+    assert "model.intermediate_size: 160 in the recipe, 144 in config.json" in lines[0]
+    assert "model.topk_group: 1 in the recipe, 2 in config.json" in lines[1]
+    assert load_published(files, load(str(run / "recipe.yaml"), ["model.rope_theta=5e5"]), []) == [
+        "model.rope_theta: 500000.0 in the recipe, 10000.0 in config.json"
+    ]
