@@ -67,19 +67,19 @@ def script(job: Job, cluster: Cluster) -> str:
     chosen = {**(gpu_environment(recipe) if on_gpu else {"OMP_NUM_THREADS": "1"}), **cluster.environment}
     if chosen:
         lines += ["", "# Where the shell that submitted has a value, that one wins."]
-        lines += [f'export {name}="${{{name}:-{_inside(value)}}}"' for name, value in chosen.items()]
+        lines += [_default(name, shlex.quote(value)) for name, value in chosen.items()]
     if on_gpu:
         lines += [
-            'export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$run_dir/hangs/nccl_rank_}"',
+            _default("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", '"$run_dir/hangs/nccl_rank_"'),
             "# On each node's own disk: compilers of many nodes must not write to one place.",
-            'export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/triton-$USER-$SLURM_JOB_ID}"',
+            _default("TRITON_CACHE_DIR", '"/tmp/triton-$SLURM_JOB_USER-$SLURM_JOB_ID"'),
         ]
     lines += [
         "",
         "# Ranks come from SLURM (one task per GPU), the meeting place from here.",
         'nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
-        "export MASTER_ADDR=\"${MASTER_ADDR:-${nodes%%$'\\n'*}}\"",
-        'export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"',
+        _default("MASTER_ADDR", "\"${nodes%%$'\\n'*}\""),
+        _default("MASTER_PORT", "$((20000 + SLURM_JOB_ID % 20000))"),
         "",
         "# TERM is for the ranks, which save and end; this shell waits for them.",
         "trap : TERM USR1",
@@ -195,8 +195,6 @@ exit 1
 """
 
 
-def _inside(value: str) -> str:
-    """A value between the braces of `"${NAME:-value}"`."""
-    for character in '\\"$`}':
-        value = value.replace(character, "\\" + character)
-    return value
+def _default(name: str, quoted: str) -> str:
+    """Export a variable that the shell has not set."""
+    return f"[[ -v {name} ]] || export {name}={quoted}"
