@@ -86,6 +86,18 @@ def test_routing_biases_that_came_in_bf16(tmp_path):
     assert_same_files(tmp_path / "hf", tmp_path / "back")
 
 
+def test_experts_of_several_types(directories, tmp_path):
+    """Some linear layers left in BF16, as `modules_to_not_convert` does, one of them a part of a larger tensor."""
+    source = hf_models.copy(directories["fp8"], tmp_path / "hf")
+    contents = hf_models.tensors(source)
+    for name in ("model.layers.1.mlp.experts.2.gate_proj.weight", "model.layers.2.self_attn.o_proj.weight"):
+        contents[name] = fp8.dequantise(contents[name], contents.pop(f"{name}_scale_inv")).bfloat16()
+    hf_models.rewrite(source, contents, 2)
+    convert_in(source, tmp_path / "run")
+    convert_out(tmp_path / "run", tmp_path / "back")
+    assert_same_files(source, tmp_path / "back")
+
+
 def test_two_workers_write_the_same(directories, runs, tmp_path):
     convert_in(directories["fp8"], tmp_path / "run", workers=2)
     convert_out(tmp_path / "run", tmp_path / "back", workers=2)

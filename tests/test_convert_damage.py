@@ -147,6 +147,7 @@ TENSORS = {
         settings(scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False),
         ["topk_method: 'group_limited_greedy'"],
     ),
+    "one expert per token": (settings(num_experts_per_tok=1), ["num_experts_per_tok: 1 is not supported"]),
     "other RoPE": (settings(rope_parameters={"rope_type": "longrope", "factor": 4.0}), ["rope_parameters", "longrope"]),
     "other quantisation": (settings(quantization_config={"quant_method": "awq"}), ["quantization_config"]),
     "text for a number": (settings(hidden_size="64"), ["config.json: model.hidden_size: must be an integer"]),
@@ -342,6 +343,19 @@ def die(where: str, number: int) -> int:
 
 
 def test_a_killed_worker(tmp_path):
-    (tmp_path / work._RECORDS).mkdir()
-    with pytest.raises(UserError, match="a worker was killed"):
-        work.run(tmp_path, die, [work.Unit(i, 1, (i,)) for i in range(2)], 2, quiet, "converting")
+    units = [work.Unit(i, 1, (i,)) for i in range(2)]
+    with pytest.raises(UserError, match="a worker was killed"), work.unfinished(tmp_path / "run", "plan") as where:
+        work.run(where, die, units, 2, quiet, "converting")
+    assert not (tmp_path / "run").exists()
+
+
+def test_full_disk_at_the_very_end(good, tmp_path, monkeypatch):
+    """All files are there but the table of contents: it goes on from there."""
+    plain = from_hf.finish
+    monkeypatch.setattr(from_hf, "finish", lambda *_: Path("/dev/full").write_text("x"))
+    with pytest.raises(UserError, match="run again, it goes on"):
+        convert(good, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(from_hf, "finish", plain)
+    convert(good, tmp_path / "run")
+    assert inspect.inspect(tmp_path / "run")["missing"] == []

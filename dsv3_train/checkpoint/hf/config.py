@@ -163,6 +163,8 @@ def _unsupported(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     normalised = config.get("norm_topk_prob", scoring == "sigmoid")
     if bool(normalised) != (scoring == "sigmoid"):
         yield "norm_topk_prob", f"{normalised} with scoring_func {scoring!r} is not supported"
+    if config.get("num_experts_per_tok") == 1 and scoring == "sigmoid":
+        yield "num_experts_per_tok", "1 is not supported: implementations differ on a single expert's gate"
     yield from _unsupported_rope(config)
     quantisation = config.get("quantization_config")
     if quantisation and (

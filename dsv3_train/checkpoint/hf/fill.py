@@ -13,7 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from dsv3_train.checkpoint.hf import config as configs
 from dsv3_train.checkpoint.hf.names import BLOCK
 from dsv3_train.checkpoint.hf.published import find, open_directory
-from dsv3_train.checkpoint.hf.sides import Published, Side
+from dsv3_train.checkpoint.hf.sides import Side
 from dsv3_train.checkpoint.hf.work import BLOCK_VALUES
 from dsv3_train.checkpoint.state import model_state
 from dsv3_train.errors import UserError
@@ -39,8 +39,8 @@ def load_published(path: Path, recipe: Recipe, chunks: list[GPTModel]) -> list[s
     differences = configs.contradictions(recipe, directory.config, modules)
     wrong = [line for line in differences if not line.startswith(_MAY_DIFFER)]
     if wrong:
-        raise UserError("\n".join(f"{path}: {line}; set it so, or take other files" for line in wrong))
-    fill(chunks, map(Published.of, find(directory, recipe.model, modules)))
+        raise UserError("\n".join(f"{path}: {line}; set what config.json says, or take other files" for line in wrong))
+    fill(chunks, find(directory, recipe.model, modules))
     notes = [line for line in differences if line not in wrong]
     if directory.mtp and not modules:
         notes.append(f"{path}: its MTP is left out, the recipe has none")

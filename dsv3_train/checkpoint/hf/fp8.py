@@ -36,27 +36,28 @@ def quantise(weight_oi: torch.Tensor, powers_of_two: bool = False) -> tuple[torc
         scales = torch.ldexp(torch.ones_like(scales), exponent - (mantissa == 0.5).int())
         return _matrix(_codes(blocks, scales), weight_oi.shape), scales
     codes = _codes(blocks, scales)
-    neighbours = [torch.nextafter(scales, torch.full_like(scales, towards)) for towards in (torch.inf, 0.0)]
-    # One row tells trained weights, which no scale reproduces, from those that are as they were.
     row = blocks[:, :1]
-    if any(_reproduces(row, _codes(row, candidates), candidates).any() for candidates in neighbours):
-        exact = _reproduces(blocks, codes, scales)
-        for candidates in neighbours:
-            r, c = torch.nonzero(~exact & (largest > 0), as_tuple=True)
-            some, scale = blocks[r, :, c][:, :, None], candidates[r, c][:, None]  # [n, 128, 1, 128], [n, 1]
-            other = _codes(some, scale)
-            found = _reproduces(some, other, scale)[:, 0]
-            r, c = r[found], c[found]
-            scales[r, c], exact[r, c] = candidates[r, c], True
-            codes.view(torch.uint8)[r, :, c] = other.view(torch.uint8)[found, :, 0]
+    for towards in (torch.inf, 0.0):
+        neighbours = torch.nextafter(scales, torch.full_like(scales, towards))
+        # One row tells trained weights, which no scale reproduces, from those that are as they were.
+        r, c = torch.nonzero((largest > 0) & _reproduces(row, _codes(row, neighbours), neighbours), as_tuple=True)
+        some, scale = blocks[r, :, c][:, :, None], neighbours[r, c][:, None]  # [n, 128, 1, 128], [n, 1]
+        other = _codes(some, scale)
+        exact = _reproduces(some, codes.view(torch.uint8)[r, :, c][:, :, None].view(codes.dtype), scales[r, c][:, None])
+        better = (~exact & _reproduces(some, other, scale))[:, 0]
+        r, c = r[better], c[better]
+        scales[r, c] = neighbours[r, c]
+        codes.view(torch.uint8)[r, :, c] = other.view(torch.uint8)[better, :, 0]
     return _matrix(codes, weight_oi.shape), scales
 
 
 def _blocks(weight_oi: torch.Tensor) -> torch.Tensor:
     """[out, in] -> [block rows, 128, block columns, 128], zeros beyond the matrix's border."""
     rows, columns = weight_oi.shape
-    padded = F.pad(weight_oi, (0, -columns % BLOCK, 0, -rows % BLOCK))
-    return padded.view(-(-rows // BLOCK), BLOCK, -(-columns // BLOCK), BLOCK)
+    padded = weight_oi
+    if rows % BLOCK or columns % BLOCK:
+        padded = F.pad(weight_oi, (0, -columns % BLOCK, 0, -rows % BLOCK))
+    return padded.reshape(-(-rows // BLOCK), BLOCK, -(-columns // BLOCK), BLOCK)
 
 
 def _matrix(blocks: torch.Tensor, shape: torch.Size) -> torch.Tensor:

@@ -15,7 +15,7 @@ from dsv3_train.checkpoint.directory import step_path
 from dsv3_train.checkpoint.hf import config as configs
 from dsv3_train.checkpoint.hf import origin, work
 from dsv3_train.checkpoint.hf.files import DTYPES, itemsize
-from dsv3_train.checkpoint.hf.published import Directory, Found, find, open_directory
+from dsv3_train.checkpoint.hf.published import Directory, find, open_directory
 from dsv3_train.checkpoint.hf.sharded_writer import Part, Placed, finish, write_parts
 from dsv3_train.checkpoint.hf.sides import Published, blocks
 from dsv3_train.checkpoint.hf.work import Progress, Unit
@@ -45,7 +45,7 @@ class Plan:
     directory: Directory
     recipe: Recipe
     mtp: int
-    found: list[Found]
+    found: list[Published]
     files: list[list[Block]]
     notes: list[str]
 
@@ -138,12 +138,17 @@ def make_recipe(directory: Directory, ref: str | None, overrides: Sequence[str],
     return recipe
 
 
-def _files(found: Sequence[Found], dtype: str | None) -> list[list[Block]]:
+def _files(found: Sequence[Published], dtype: str | None) -> list[list[Block]]:
     """The checkpoint's files, each of parts that lie near each other in the source."""
+    kept = [one for one in found if not one.weight.copy]
+    types: dict[str, set[str]] = {}
+    for one in kept:
+        types.setdefault(one.weight.key, set()).add(_kept_as(one, dtype))
     todo = []
-    for one in sorted(found, key=lambda one: (one.stored.file, one.stored.begin)):
-        if not one.weight.copy:
-            todo += [_block(one, first, last, dtype) for first, last in blocks(one.weight)]
+    for one in sorted(kept, key=lambda one: (one.stored.file, one.stored.begin)):
+        # A tensor of the checkpoint has one type: FP32 if what it is made of has several.
+        (kind, *others) = types[one.weight.key]
+        todo += [_block(one, first, last, "F32" if others else kind) for first, last in blocks(one.weight)]
     total = sum(map(_nbytes, todo))
     bound = max(_SMALLEST_FILE, min(_LARGEST_FILE, total // _FILES))
     files: list[list[Block]] = []
@@ -157,19 +162,22 @@ def _files(found: Sequence[Found], dtype: str | None) -> list[list[Block]]:
     return files
 
 
-def _block(found: Found, first: int, last: int, dtype: str | None) -> Block:
-    weight = found.weight
-    # FP8 as FP32, which brings every code and scale back; all else as it is.
-    kept = "F32" if found.scale is not None else found.stored.dtype
-    wanted = {None: kept, "bf16": "BF16", "fp32": "F32"}[dtype]
-    if weight.stored == "fp32":
-        wanted = "F32"
+def _kept_as(one: Published, dtype: str | None) -> str:
+    """FP8 as FP32, which brings every code and scale back, all else as it is; unless told otherwise."""
+    if one.weight.stored == "fp32":
+        return "F32"
+    as_it_is = "F32" if one.scale is not None else one.stored.dtype
+    return {None: as_it_is, "bf16": "BF16", "fp32": "F32"}[dtype]
+
+
+def _block(one: Published, first: int, last: int, dtype: str) -> Block:
+    weight = one.weight
     dim = len(weight.key_shape) - len(weight.shape)
     offset, sizes = list(weight.offset), list(weight.extent)
     offset[dim] += first
     sizes[dim] = last - first
-    part = Part(weight.key, weight.key_shape, tuple(offset), tuple(sizes), wanted)
-    return Block(part, Published.of(found), first, last)
+    part = Part(weight.key, weight.key_shape, tuple(offset), tuple(sizes), dtype)
+    return Block(part, one, first, last)
 
 
 def _nbytes(block: Block) -> int:
@@ -227,7 +235,7 @@ def _check_copies(plan: Plan, progress: Progress) -> None:
     for copy in copies:
         original = originals[copy.weight.key]
         for first, last in blocks(copy.weight):
-            ours, theirs = (Published.of(found).rows(first, last) for found in (original, copy))
+            ours, theirs = (found.rows(first, last) for found in (original, copy))
             if not torch.equal(ours, theirs):
                 raise UserError(
                     f"{copy.stored.file}: {copy.weight.name} differs from {original.weight.name}, and this model has "

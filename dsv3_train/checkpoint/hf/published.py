@@ -11,7 +11,8 @@ from typing import Any
 
 from dsv3_train.checkpoint.hf import config as configs
 from dsv3_train.checkpoint.hf.files import Stored, read_header
-from dsv3_train.checkpoint.hf.names import SCALE, Weight, weights
+from dsv3_train.checkpoint.hf.names import SCALE, weights
+from dsv3_train.checkpoint.hf.sides import Published
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.schema import Model
 
@@ -68,15 +69,6 @@ class Directory:
         """
         if self.problems:
             raise UserError(_first(self.problems))
-
-
-@dataclass(frozen=True)
-class Found:
-    """A tensor of the model, where it lies, and the scales of its FP8 blocks."""
-
-    weight: Weight
-    stored: Stored
-    scale: Stored | None
 
 
 def open_directory(path: Path) -> Directory:
@@ -151,7 +143,7 @@ def differences(directory: Directory, model: Model, mtp: int) -> tuple[list[str]
     return sorted(missing), sorted(surplus)
 
 
-def find(directory: Directory, model: Model, mtp: int) -> list[Found]:
+def find(directory: Directory, model: Model, mtp: int) -> list[Published]:
     """Every tensor of the model in the files, each with the right shape and type and none left over.
 
     Raises:
@@ -173,11 +165,11 @@ def find(directory: Directory, model: Model, mtp: int) -> list[Found]:
     return present(directory, model, mtp)
 
 
-def present(directory: Directory, model: Model, mtp: int) -> list[Found]:
+def present(directory: Directory, model: Model, mtp: int) -> list[Published]:
     """The tensors of the model that the files have."""
     tensors = directory.tensors
     return [
-        Found(weight, tensors[weight.name], tensors.get(weight.scale_name))
+        Published(weight, tensors[weight.name], tensors.get(weight.scale_name))
         for weight in weights(model, mtp)
         if weight.name in tensors
     ]
@@ -188,7 +180,7 @@ def wrong(directory: Directory, model: Model, mtp: int) -> list[str]:
     return [fault for found in present(directory, model, mtp) for fault in _wrong(directory, found)]
 
 
-def _wrong(directory: Directory, found: Found) -> list[str]:
+def _wrong(directory: Directory, found: Published) -> list[str]:
     weight, stored, scale = found.weight, found.stored, found.scale
     place = f"{stored.file}: {weight.name}"
     if stored.shape != weight.shape:

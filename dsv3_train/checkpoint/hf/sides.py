@@ -13,7 +13,6 @@ import torch
 from dsv3_train.checkpoint.hf import fp8
 from dsv3_train.checkpoint.hf.files import Stored
 from dsv3_train.checkpoint.hf.names import BLOCK, Weight
-from dsv3_train.checkpoint.hf.published import Found
 from dsv3_train.checkpoint.hf.sharded import open_checkpoint
 from dsv3_train.checkpoint.hf.work import BLOCK_VALUES
 from dsv3_train.errors import UserError
@@ -26,10 +25,7 @@ class Published:
     weight: Weight
     stored: Stored
     scale: Stored | None
-
-    @classmethod
-    def of(cls, found: Found) -> Published:
-        return cls(found.weight, found.stored, found.scale)
+    """Scales of its FP8 blocks."""
 
     @property
     def dtype(self) -> str:

@@ -67,7 +67,7 @@ def open_weights(path: Path) -> Weights:
     plain = configs.model_of(directory.config, str(path / "config.json"))
     model = Model.model_validate({**plain, "num_nextn_predict_layers": directory.mtp})
     found = present(directory, model, directory.mtp)
-    return Weights(path, {one.weight.name: Published.of(one) for one in found}, model, directory, None)
+    return Weights(path, {one.weight.name: one for one in found}, model, directory, None)
 
 
 def verify(a: Weights, b: Weights, workers: int | None, progress: Progress) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,10 +72,14 @@ def unfinished(target: Path, plan: Any) -> Iterator[Path]:
         _same_plan(where, hashlib.sha256(repr(plan).encode()).hexdigest())
         try:
             yield where
-        except UserError as error:
-            if not isinstance(error, Interrupted) or not any((where / _RECORDS).glob("*.json")):
+        except BaseException as error:
+            told = error if isinstance(error, UserError) else _told(where, error)
+            resumable = not isinstance(told, UserError) or isinstance(told, Interrupted)
+            if not (resumable and any((where / _RECORDS).glob("*.json"))):
                 shutil.rmtree(where)
-            raise
+            if told is None or told is error:
+                raise
+            raise told from None
         shutil.rmtree(where / _RECORDS)
         (where / ".lock").unlink()
         where.rename(target)
@@ -115,7 +118,7 @@ def run(
     progress(stage, total - left, total)
     tasks = [(str(where), *unit.task) for unit in todo]
     with pool(min(workers, max(1, len(todo)))) as executor:
-        for number, result in _each(where, executor, function, tasks):
+        for number, result in each(executor, function, tasks):
             unit = todo[number]
             results[unit.number] = result
             file = where / _RECORDS / f"{unit.number}.json"
@@ -126,24 +129,21 @@ def run(
     return results
 
 
-def _each(
-    where: Path, executor: Executor | None, function: Callable[..., Any], tasks: list[tuple]
-) -> Iterator[tuple[int, Any]]:
-    try:
-        yield from each(executor, function, tasks)
-    except BrokenProcessPool:
-        raise Interrupted(
-            f"{where}: a worker was killed (out of memory?); what is whole is kept, run again with fewer workers"
-        ) from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Interrupted(f"{where}: {error.strerror}; make room and run again, it goes on where it was") from None
-        raise UserError(f"{error.filename or where}: {error.strerror or error}") from None
-    except RuntimeError as error:
-        # torch's writer tells a failed write in its own words.
-        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
-            raise
-        raise Interrupted(f"{where}: cannot be written ({shutil.disk_usage(where).free:,} bytes are free)") from None
+def _told(where: Path, error: BaseException) -> UserError | None:
+    """What to say of an error that is no fault of the program; None: it is one."""
+    if isinstance(error, BrokenProcessPool):
+        return Interrupted(f"{where}: a worker was killed (out of memory?); run again with fewer workers, it goes on")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Interrupted(f"{where}: {error.strerror}; make room and run again, it goes on where it was")
+    if isinstance(error, OSError):
+        return UserError(f"{error.filename or where}: {error.strerror or error}")
+    # torch's writer tells a failed write in its own words.
+    if isinstance(error, RuntimeError) and any(
+        word in str(error) for word in ("PytorchStreamWriter", "inline_container")
+    ):
+        free = shutil.disk_usage(where).free
+        return Interrupted(f"{where}: cannot be written ({free:,} bytes are free); make room and run again, it goes on")
+    return None
 
 
 def _record(where: Path, unit: Unit) -> Any:
