@@ -1,0 +1,152 @@
+"""`dsv3 profile`: how much communication is hidden, as a number and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from dsv3_train.profiling.work import Work
+
+app = typer.Typer(no_args_is_help=True, help="Where the time of a step goes: communication hidden, exposed, idle.")
+
+_AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@app.command()
+def analyze(
+    traces: Annotated[list[Path], typer.Argument(help="Chrome traces (.json, .json.gz), one per rank.")],
+    as_json: _AsJson = False,
+    html: Annotated[Optional[Path], typer.Option(help="Write a page with the timeline.", metavar="FILE")] = None,
+    png: Annotated[Optional[Path], typer.Option(help="Write the picture.", metavar="FILE")] = None,
+    out: Annotated[
+        Optional[Path], typer.Option(help="Write report.json, report.html and report.png here.", metavar="DIR")
+    ] = None,
+    classes: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Rules before the built-in ones: a YAML list of {class: NAME, kind: compute or communication, match: "
+            '"REGEX"}.',
+            metavar="FILE",
+        ),
+    ] = None,
+) -> None:
+    """Hidden, exposed and idle time of any torch.profiler trace, by class, stream, step and named range.
+
+    Communication: NCCL, DeepEP, NVSHMEM, and copies between host and device or between devices. Copies within a device
+    and memsets are compute, as are kernels that no rule knows, which are listed. hidden_fraction is null where there is
+    no communication.
+
+    Example: dsv3 profile analyze trace.json.gz --html report.html
+    """
+    from dsv3_train.profiling.classes import table
+    from dsv3_train.profiling.report import as_json as to_json
+    from dsv3_train.profiling.report import report
+    from dsv3_train.profiling.work import works
+
+    chosen = table(classes)
+    found = works(_read(traces, quiet=as_json), chosen)
+    figures = report(found)
+    written = write_report(found, figures, out=out, html=html, png=png)
+    if as_json:
+        print(to_json(figures))
+        return
+    from rich.console import Console
+
+    from dsv3_train.profiling.table import show
+
+    show(figures, Console())
+    for path in written:
+        print(f"wrote {path}")
+
+
+def _read(paths: list[Path], quiet: bool) -> list:
+    """The traces, with a bar where there is someone to look at it."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from dsv3_train.profiling.trace import read
+
+    console = Console(stderr=True)
+    shown = track(paths, "reading", console=console, transient=True, disable=quiet or not console.is_terminal)
+    return [read(path) for path in shown]
+
+
+def write_report(
+    works: list[Work],
+    figures: dict[str, Any],
+    *,
+    out: Path | None,
+    html: Path | None = None,
+    png: Path | None = None,
+) -> list[Path]:
+    """Write what is wanted; which files that were."""
+    from dsv3_train.profiling.report import as_json, write
+
+    pages = [path for path in (html, out / "report.html" if out else None) if path]
+    pictures = [path for path in (png, out / "report.png" if out else None) if path]
+    written = []
+    if out:
+        write(out / "report.json", as_json(figures) + "\n")
+        written.append(out / "report.json")
+    if pages:
+        from dsv3_train.profiling.page import page
+
+        text = page(works, figures)
+        for path in pages:
+            write(path, text)
+    if pictures:
+        from dsv3_train.profiling.picture import picture, save
+
+        drawn = picture(works, figures)
+        for path in pictures:
+            save(drawn, path)
+    return [*written, *pages, *pictures]
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="report.json of `dsv3 profile analyze --out`, or its directory.")],
+    b: Annotated[Path, typer.Argument(help="Another one.")],
+    as_json: _AsJson = False,
+) -> None:
+    """Two reports side by side, per step where both have steps: what got faster, what slower.
+
+    Example: dsv3 profile compare before/report.json after/report.json
+    """
+    from dsv3_train.profiling.compare import compare as side_by_side
+    from dsv3_train.profiling.compare import load
+
+    compared = side_by_side(load(a), load(b))
+    if as_json:
+        import json
+
+        print(json.dumps(compared, indent=1))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column(f"ms per {compared['per']}")
+    for title in ("A", "B", "B - A", "change"):
+        table.add_column(title, justify="right")
+
+    def row(name: str, both: dict[str, Any], style: str = "") -> None:
+        change = f"{both['difference'] / both['a']:+.1%}" if both["a"] and both["difference"] is not None else ""
+        texts = ["none" if both[side] is None else f"{both[side]:,.3f}" for side in ("a", "b")]
+        difference = "" if both["difference"] is None else f"{both['difference']:+,.3f}"
+        table.add_row(name, *texts, difference, change, style=style)
+
+    for name in ("span_ms", "compute_ms", "comm_ms", "exposed_comm_ms", "idle_ms", "host_bound_ms"):
+        row(name.removesuffix("_ms").replace("_", " "), compared[name], "bold")
+    row("hidden fraction", compared["hidden_fraction"], "bold")
+    table.add_section()
+    for of_class in compared["classes"][:25]:
+        row(of_class["class"], of_class)
+    console = Console()
+    console.print(table)
+    if max(compared["ranks"]) > 1:
+        print(f"Means over ranks ({compared['ranks'][0]} and {compared['ranks'][1]}).")

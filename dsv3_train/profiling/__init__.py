@@ -1,0 +1,1 @@
+"""Traces in; how much communication is hidden out, as numbers and as pictures."""

@@ -1,0 +1,86 @@
+"""Kernels as boxes to draw, few enough for a page: small neighbours of a stream become one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dsv3_train.profiling.work import Work
+
+MOST = 60_000
+"""Boxes of a page; of all ranks together."""
+_BINS = 32
+"""A box of several kernels is at most so many times as long as the longest kernel that may be in one."""
+_MERGED_NAMES = -1
+
+
+def boxes(work: Work, most: int = MOST) -> dict[str, Any]:
+    """Per stream: starts, durations (ns from the rank's first kernel), class, name (-1: of several), kernels, and the
+    time busy; `merged_below_ns` says which kernels may share a box (0: none)."""
+    resolution = 0
+    while True:
+        streams = [_of_stream(work, number, resolution) for number in range(len(work.streams))]
+        if (
+            sum(len(one["start"]) for one in streams) <= max(most, 4 * len(streams))
+            or resolution > work.last - work.first
+        ):
+            break
+        resolution = max(100, resolution * 2)
+    used = sorted({int(name) for one in streams for name in one["name"] if name >= 0})
+    place = {name: number for number, name in enumerate(used)}
+    return {
+        "merged_below_ns": resolution,
+        "names": [_short(work.trace.names[name]) for name in used],
+        "streams": [
+            {
+                "stream": work.streams[number],
+                **{key: one[key].tolist() for key in ("start", "length", "cls", "count", "busy")},
+                "name": [place.get(int(name), _MERGED_NAMES) for name in one["name"]],
+            }
+            for number, one in enumerate(streams)
+        ],
+    }
+
+
+def _of_stream(work: Work, stream: int, resolution: int) -> dict[str, np.ndarray]:
+    mine = np.flatnonzero(work.stream == stream)
+    start, end, comm = work.start[mine] - work.first, work.end[mine] - work.first, work.is_comm[mine]
+    length = end - start
+    if resolution:
+        bins = start // (resolution * _BINS)
+        joins = (length[1:] <= resolution) & (length[:-1] <= resolution) & (comm[1:] == comm[:-1])
+        joins &= (start[1:] - end[:-1] <= resolution) & (bins[1:] == bins[:-1])
+        first = np.flatnonzero(np.concatenate([[True], ~joins]))
+    else:
+        first = np.arange(len(mine))
+    counts = np.diff(np.append(first, len(mine)))
+    ends = np.maximum.reduceat(end, first)
+    alone = counts == 1
+    return {
+        "start": start[first],
+        "length": ends - start[first],
+        "cls": work.cls[mine][first],
+        "name": np.where(alone, work.name[mine][first], _MERGED_NAMES),
+        "count": counts,
+        "busy": np.add.reduceat(length, first),
+    }
+
+
+def _short(name: str) -> str:
+    name = name.removeprefix("void ")
+    return name if len(name) <= 200 else name[:197] + "..."
+
+
+def coverage(work: Work, chosen: np.ndarray, columns: int) -> np.ndarray:
+    """Part of each of `columns` equal stretches of the span that the chosen kernels [n, bool] cover: [columns]."""
+    from dsv3_train.profiling.intervals import union
+
+    return part_of(work, union(work.start[chosen], work.end[chosen]), columns)
+
+
+def part_of(work: Work, times, columns: int) -> np.ndarray:
+    """Part of each of `columns` equal stretches of the span that lies in a set of times: [columns]."""
+    edges = np.linspace(work.first, work.last, columns + 1).astype(np.int64)
+    covered = np.diff(times.before(edges))
+    return covered / np.maximum(1, np.diff(edges))

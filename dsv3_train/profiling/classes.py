@@ -1,0 +1,206 @@
+"""What a kernel is, by its name: one table, first match wins. `--classes FILE.yaml` puts rules of one's own before it.
+
+- {class: my GEMM, kind: compute, match: "my_gemm_.*"}      # kind: compute or communication; match: a regex
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dsv3_train.errors import UserError
+
+COMPUTE, COMMUNICATION = "compute", "communication"
+UNCLASSIFIED = "unclassified"
+"""Counts as compute, so that the parts of a step sum to its span; always listed by name."""
+
+
+_LOOKED_AT = 1000
+"""Characters of a name: templates run to many thousands, and what a kernel is stands at the front."""
+
+
+class Rule(NamedTuple):
+    name: str
+    kind: str
+    match: str
+    """Regular expression, searched in the kernel's name in small letters (of a rule of one's own: in either case)."""
+
+
+def _comm(name: str, match: str) -> Rule:
+    return Rule(name, COMMUNICATION, match)
+
+
+def _compute(name: str, match: str) -> Rule:
+    return Rule(name, COMPUTE, match)
+
+
+# Copies: between host and device or between devices they are communication; within one device (DtoD) they move data
+# in its own memory, as an elementwise kernel does, and are compute. So are memsets.
+COPIES = (
+    _compute("copy DtoD", r"dtod"),
+    _comm("copy HtoD", r"htod"),
+    _comm("copy DtoH", r"dtoh"),
+    _comm("copy PtoP", r"ptop|p2p|peer"),
+    _compute("copy DtoD", r"htoh|atoa|dtoa|atod"),
+    _comm("copy", r""),
+)
+MEMSETS = (_compute("memset", r""),)
+
+_GEMM = (
+    r"(?<!fb)gemm|gemv|nvjet|cublas|xmma|cijk_|matmul|wgmma|_h?mma_|s\d+(gmma|16816|1688|884)|split_?k_?reduce"
+    r"|cutlass::device_kernel|cutlass::kernel|triton_(tem|mm)|_bmm_|\bmm_kernel|_mm_kernel|dot_kernel"
+)
+
+
+def _gemm(dtype: str, match: str) -> Rule:
+    return _compute(f"GEMM {dtype}", rf"^(?=.*?(?:{_GEMM})).*?(?:{match})")
+
+
+KERNELS = (
+    _comm("NCCL all-to-all", r"(nccl|rccl).*all_?to_?all"),
+    _comm("NCCL all-reduce", r"(nccl|rccl).*all_?reduce"),
+    _comm("NCCL all-gather", r"(nccl|rccl).*all_?gather"),
+    _comm("NCCL reduce-scatter", r"(nccl|rccl).*reduce_?scatter"),
+    _comm("NCCL broadcast", r"(nccl|rccl).*broadcast"),
+    _comm("NCCL reduce", r"(nccl|rccl).*kernel_reduce"),
+    _comm("NCCL send/recv", r"(nccl|rccl).*send_?recv|nccl:(send|recv)"),
+    _comm("NCCL", r"nccl(dev)?kernel|rccl|^nccl:"),
+    _compute("route", r"get_dispatch_layout"),
+    _comm("DeepEP dispatch", r"(intranode|internode|internode_ll|deep_?ep|hybrid_ep|\bep::)(?!.*notify).*dispatch"),
+    _comm("DeepEP combine", r"(intranode|internode|internode_ll|deep_?ep|hybrid_ep|\bep::)(?!.*notify).*combine"),
+    _comm("DeepEP notify", r"(intranode|internode|deep_?ep|hybrid_ep).*(notify|barrier|clean|sync|query|rank)"),
+    _comm("NVSHMEM", r"nvshmem|rocshmem"),
+    _comm(
+        "other collective",
+        r"mscclpp?|oneccl|hccl|userbuffers|cross_device_reduce|(one|two)_shot_all|multimem_|symm_?mem|gloo"
+        r"|custom_all_?reduce|lamport|all_?reduce_fusion|allgather_kernel|alltoall",
+    ),
+    _compute("rotary", r"rotary|(?<![a-z])rope"),
+    _compute(
+        "attention backward", r"(flash|fmha|attn|attention|sdpa|mla_|\bmha)(?!.*gemm::).*(bwd|backward|dgrad|_dq|_dk)"
+    ),
+    _compute("attention", r"flash|fmha|attn|attention|sdpa|\bmha_|_mla_"),
+    _compute(
+        "quantise",
+        r"quant|qparam|fp8rowwise|hfp8|cast_to_fp8|cast_and_transpose|cast_transpose|cast_back|per_(token|channel|block)_cast|_to_fp8|fp8_cast"
+        r"|amax|block_?scal.*(cast|transpose)|update_scale|scale_inv|mx_?fp8_cast|(nvte|transformer_engine).*transpose",
+    ),
+    _gemm("fp8", r"fp8|e4m3|e5m2|nvjet_[qr]{2}|f8f8|float8"),
+    _gemm("bf16", r"bf16|bfloat16|nvjet_t[a-z]t"),
+    _gemm("fp16", r"fp16|f16|half|hgemm|h884|h1688|h16816|nvjet_h[a-z]h|float16"),
+    _gemm("int8", r"int8|i8i8|s8s8|imma"),
+    _gemm("tf32", r"tf32|s1688gemm|s16816gemm(?!_)"),
+    _gemm("fp32", r"sgemm|fp32|f32f32|float|nvjet_sss|simt"),
+    _gemm("fp64", r"dgemm|fp64|double|d884"),
+    _compute("GEMM", _GEMM),
+    _compute(
+        "convolution",
+        r"conv(?!ert)|[sh]cudnn|nchwtonhwc|nhwctonchw|cask_cudnn|cudnn.*(dgrad|wgrad|fprop)|implicit_|winograd|dgrad|wgrad|fprop",
+    ),
+    _compute("norm", r"norm(?!al)|ln_(fwd|bwd)|\bbn_|gammabeta|rowwisemoments"),
+    _compute("softmax and loss", r"softmax|cross_entropy|nll_loss|logsumexp"),
+    _compute("optimizer", r"adam|multi_tensor|lamb(?!da)|sgd|l2norm"),
+    _compute(
+        "permute and sort",
+        r"permute|unpermute|sort|scatter|gather|index|topk|scan|radix|moe_align|cumsum|expand_to_fused|reduce_fused"
+        r"|fused_mapping|count_expert|topk|nonzero|unique|compact|select",
+    ),
+    _compute("route", r"rout(e|er|ing)|histogram|bincount|expert|aux_fi"),
+    _compute("embedding", r"embedding|bounds_check_indices|offsets_range"),
+    _compute("activation", r"swiglu|silu|gelu|relu|sigmoid|glu_|dropout"),
+    _compute("transpose", r"transpose"),
+    _compute("reduction", r"reduce|reduction|argmax|\bsum"),
+    _compute("triton", r"^triton_"),
+    _compute(
+        "elementwise",
+        r"elementwise|unrolled|vectorized|pointwise|fill|copy|cast|memset|cat(array)?_?batched|catarray|foreach|_kernel_cuda"
+        r"|distribution|random|philox|tensor_apply|applyop|pooling|pool|upsample|arange|triu|tril|compare|clamp|add_kernel",
+    ),
+)
+
+OPERATORS = (
+    _comm("collective", r"^gloo:|^c10d::|^nccl:|^mpi:|record_param_comms|^ucc:|_c10d_functional"),
+    _compute("attention", r"scaled_dot_product|flash_attention|efficient_attention"),
+    _compute(
+        "GEMM", r"::(mm|addmm|bmm|baddbmm|matmul|linear|_scaled_mm|_grouped_mm|mv|addmv|dot|einsum|mkldnn_linear)$"
+    ),
+    _compute("convolution", r"conv"),
+    _compute("norm", r"norm"),
+    _compute("softmax and loss", r"softmax|cross_entropy|nll_loss"),
+    _compute("optimizer", r"^optimizer\.|adam|_foreach"),
+    _compute("permute and sort", r"sort|topk|index|gather|scatter|cumsum|nonzero|bincount|histc|unique|embedding"),
+    _compute("autograd", r"^autograd::|backward\d*$|accumulategrad"),
+    _compute("elementwise and copies", r"^aten::"),
+)
+"""For traces without a GPU: PyTorch's operators."""
+
+
+class Table:
+    """Rules in order."""
+
+    def __init__(self, own: tuple[Rule, ...] = ()) -> None:
+        before = [(rule, re.compile(rule.match, re.IGNORECASE | re.DOTALL)) for rule in own]
+        self._rules = {
+            which: [*before, *((rule, re.compile(rule.match, re.DOTALL)) for rule in rules)]
+            for which, rules in (("kernel", KERNELS), ("memcpy", COPIES), ("memset", MEMSETS), ("cpu", OPERATORS))
+        }
+        self._known: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def classify(self, which: str, name: str, collective: str = "") -> tuple[str, str]:
+        """(class, kind) of an event.
+
+        Args:
+            which: kernel, memcpy, memset, or cpu for an operator.
+            collective: what PyTorch's `Collective name` says of an NCCL kernel, whose own name hides all-to-alls.
+        """
+        name = name[:_LOOKED_AT].lower().rstrip("0123456789")  # generated kernels are numbered
+        if collective and "nccl" in name:
+            name = f"nccldevkernel_{collective.lower()}"
+        if (which, name) not in self._known:
+            self._known[which, name] = self._search(which, name)
+        return self._known[which, name]
+
+    def _search(self, which: str, name: str) -> tuple[str, str]:
+        for rule, pattern in self._rules[which]:
+            if pattern.search(name):
+                return rule.name, rule.kind
+        return UNCLASSIFIED, COMPUTE
+
+
+def table(path: Path | None = None) -> Table:
+    """The table, with the rules of a YAML file before it.
+
+    Raises:
+        UserError: the file is no such list.
+    """
+    return Table(_own(path) if path else ())
+
+
+def _own(path: Path) -> tuple[Rule, ...]:
+    import yaml
+
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read ({error.strerror or error})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f'{path}: a list of {{class: name, kind: compute, match: "regex"}} is wanted')
+    return tuple(_rule(path, number, entry) for number, entry in enumerate(entries, 1))
+
+
+def _rule(path: Path, number: int, entry: Any) -> Rule:
+    at = f"{path}: rule {number}"
+    if not isinstance(entry, dict) or set(entry) != {"class", "kind", "match"}:
+        raise UserError(f"{at}: has to have the keys class, kind and match, and no others")
+    if entry["kind"] not in (COMPUTE, COMMUNICATION):
+        raise UserError(f"{at}: kind is {COMPUTE} or {COMMUNICATION}, not {entry['kind']!r}")
+    if not isinstance(entry["match"], str) or not entry["match"]:
+        raise UserError(f"{at}: match is a regular expression, not {entry['match']!r}")
+    try:
+        re.compile(entry["match"])
+    except re.error as error:
+        raise UserError(f"{at}: match is no regular expression ({error})") from None
+    return Rule(str(entry["class"]), entry["kind"], entry["match"])

@@ -1,0 +1,169 @@
+"""The events of a Chrome trace one by one, in little memory: the file is never held as a whole."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from dsv3_train.errors import UserError
+
+_CHUNK = 1 << 20
+_HOPELESS = 1 << 26
+"""Bytes of a single value after which it is taken for broken, not for unfinished."""
+_BLANK = re.compile(r"[ \t\r\n]*")
+_BETWEEN = re.compile(r"[ \t\r\n,]*")
+# Numbers with a point stay text: a time of 1.7e15 us with three decimals does not fit into a double.
+_DECODER = json.JSONDecoder(parse_float=str, strict=False)
+_scan = _DECODER.scan_once  # type: ignore[attr-defined]
+
+
+class Events:
+    """Iterates over the events of a file, `.json` or gzipped; what else its object holds is in `header` afterwards.
+
+    Both forms of the format are read: an object with `traceEvents`, and a bare array. Floats are left as text.
+
+    Raises:
+        UserError: on iteration: no such file, no JSON, no trace, or one that is cut off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header: dict[str, Any] = {}
+        self.unclosed = False
+        """Whether the end of a bare array is missing, which the format allows."""
+        self.count = 0
+
+    def __iter__(self) -> Iterator[dict]:
+        try:
+            with _opened(self.path) as file:
+                yield from self._events(_Text(file))
+        except OSError as error:  # BadGzipFile is one
+            raise UserError(f"{self.path}: cannot read ({error.strerror or error})") from None
+        except (EOFError, zlib.error) as error:
+            how = "ends too early" if isinstance(error, EOFError) else "is damaged"
+            raise self._cut_off(f"its gzip stream {how}") from None
+        except RecursionError:
+            raise UserError(f"{self.path}: not a trace (values nested too deep)") from None
+
+    def _cut_off(self, how: str) -> UserError:
+        return UserError(
+            f"{self.path}: the trace is cut off after {self.count:,} events ({how}); record or copy it again"
+        )
+
+    def _events(self, text: _Text) -> Iterator[dict]:
+        first = text.next(_BLANK)
+        if first == "":
+            raise UserError(f"{self.path}: the file is empty")
+        if first == "[":
+            text.at += 1
+            yield from self._array(text)
+            return
+        if first != "{":
+            raise UserError(f"{self.path}: not a trace: JSON begins with {{ or [, this file with {first!r}")
+        text.at += 1
+        found = False
+        while True:
+            mark = text.next(_BETWEEN)
+            if mark == "}":
+                break
+            if mark != '"':
+                raise self._wrong(text, "a key was expected")
+            key = self._value(text)
+            if text.next(_BLANK) != ":":
+                raise self._wrong(text, "a colon was expected")
+            text.at += 1
+            if text.next(_BLANK) == "[" and key == "traceEvents":
+                found = True
+                text.at += 1
+                yield from self._array(text, within_object=True)
+            else:
+                self.header[key] = self._value(text)
+        if not found:
+            keys = ", ".join(list(self.header)[:5]) or "none"
+            raise UserError(f"{self.path}: no trace: its object has no list `traceEvents` (keys: {keys})")
+
+    def _array(self, text: _Text, within_object: bool = False) -> Iterator[dict]:
+        while True:
+            mark = text.next(_BETWEEN)
+            if mark == "]":
+                text.at += 1
+                return
+            if mark == "" and not within_object and self.count:
+                self.unclosed = True
+                return
+            event = self._value(text)
+            if not isinstance(event, dict):
+                raise UserError(f"{self.path}: not a trace: event {self.count} is no object but {str(event)[:40]!r}")
+            self.count += 1
+            yield event
+
+    def _value(self, text: _Text) -> Any:
+        """The JSON value at the text's place, read on as far as needed."""
+        more = _CHUNK
+        while True:
+            try:
+                value, end = _scan(text.buffer, text.at)
+                if end < len(text.buffer) or text.ended:
+                    text.at = end
+                    return value
+            except (json.JSONDecodeError, StopIteration) as error:
+                if text.ended:
+                    where = text.passed + len(text.buffer)
+                    position = getattr(error, "pos", getattr(error, "value", 0)) or 0
+                    if position < len(text.buffer) - 1 and "Unterminated" not in str(error):
+                        raise self._wrong(text, getattr(error, "msg", "no JSON value"), position) from None
+                    raise self._cut_off(f"at character {where:,}, within a value") from None
+                if len(text.buffer) - text.at > _HOPELESS:
+                    raise self._wrong(
+                        text, getattr(error, "msg", "no JSON value"), getattr(error, "pos", text.at)
+                    ) from None
+            text.read(more)
+            more *= 2
+
+    def _wrong(self, text: _Text, what: str, at: int | None = None) -> UserError:
+        if text.at >= len(text.buffer) and text.ended:
+            return self._cut_off(f"at character {text.passed + len(text.buffer):,}")
+        at = text.at if at is None else at
+        near = text.buffer[at : at + 20]
+        return UserError(f"{self.path}: not valid JSON at character {text.passed + at:,}: {what}, near {near!r}")
+
+
+class _Text:
+    """A file's text through a window."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="replace")
+        self.buffer, self.at, self.ended = "", 0, False
+        self.passed = 0
+        """Characters that have left the window."""
+
+    def read(self, size: int) -> None:
+        data = self.file.read(size)
+        self.ended = not data
+        self.passed += self.at
+        self.buffer = self.buffer[self.at :] + self.decoder.decode(data, final=self.ended)
+        self.at = 0
+
+    def next(self, skipped: re.Pattern) -> str:
+        """The first character after what is skipped, which becomes the place; empty at the end."""
+        while True:
+            self.at = skipped.match(self.buffer, self.at).end()  # type: ignore[union-attr]
+            if self.at < len(self.buffer):
+                return self.buffer[self.at]
+            if self.ended:
+                return ""
+            self.read(_CHUNK)
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """Decompressed if it begins as gzip does, whatever its name."""
+    file = open(path, "rb")  # noqa: SIM115  the caller closes it
+    magic = file.peek(2)[:2]
+    return gzip.GzipFile(fileobj=file) if magic == b"\x1f\x8b" else file  # type: ignore[return-value]

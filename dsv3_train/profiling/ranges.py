@@ -1,0 +1,84 @@
+"""Steps and named ranges of a rank: what of its compute and communication falls into each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dsv3_train.profiling.intervals import union
+from dsv3_train.profiling.work import Work
+
+MOST_RANGES = 200
+"""Names in a report; beyond, the ones that took longest on the host."""
+
+
+def window(work: Work, start: int, end: int) -> dict[str, float | None]:
+    """The parts of a stretch of time; compute, exposed communication and idle sum to the span."""
+    edges = np.array([start]), np.array([end])
+    compute, comm, exposed, idle = (
+        int(part.within(*edges)[0]) for part in (work.compute, work.comm, work.exposed, work.idle)
+    )
+    outside = (end - start) - compute - exposed - idle  # before the rank's first kernel or after its last
+    return {
+        "span_ms": (end - start) / 1e6,
+        "compute_ms": compute / 1e6,
+        "comm_ms": comm / 1e6,
+        "exposed_comm_ms": exposed / 1e6,
+        "hidden_fraction": 1 - exposed / comm if comm else None,
+        "idle_ms": (idle + outside) / 1e6,
+    }
+
+
+def steps(work: Work) -> list[dict[str, Any]]:
+    """Each ProfilerStep#N from the start of its first kernel to that of the next one's, by when they were launched."""
+    columns, launched = work.trace.steps, work.launched()
+    order = np.argsort(launched, kind="stable")
+    times = launched[order]
+    begins: list[tuple[int, int, int]] = []
+    for start, end, number in zip(*(columns[key].tolist() for key in ("start", "end", "number")), strict=True):
+        low, high = np.searchsorted(times, [start, end])
+        if high > low:
+            rows = order[low:high]
+            begins.append((int(work.start[rows].min()), int(work.end[rows].max()), number))
+    begins.sort()
+    found = []
+    for index, (start, end, number) in enumerate(begins):
+        if index + 1 < len(begins):
+            end = begins[index + 1][0] if begins[index + 1][0] > start else end
+        found.append({"step": number, "start_ms": (start - work.first) / 1e6, **window(work, start, end)})
+    return found
+
+
+def ranges(work: Work) -> tuple[list[dict[str, Any]], int]:
+    """Kernels launched within each named range, by name, whatever thread launched them; and how many names were left
+    out. Ranges may lie within each other, so that they do not sum to anything. `exposed_comm_ms` is their part of the
+    rank's exposed communication."""
+    columns, launched = work.trace.ranges, work.launched()
+    if not len(columns["start"]):
+        return [], 0
+    order = np.argsort(launched, kind="stable")
+    times = launched[order]
+    low, high = np.searchsorted(times, columns["start"]), np.searchsorted(times, columns["end"])
+    took = np.zeros(len(work.trace.names), dtype=np.int64)
+    np.add.at(took, columns["name"], columns["end"] - columns["start"])
+    names = [name for name in np.argsort(-took, kind="stable").tolist() if took[name] > 0]
+    found = []
+    for name in names[:MOST_RANGES]:
+        mine = np.flatnonzero(columns["name"] == name)
+        rows = [order[low[i] : high[i]] for i in mine if high[i] > low[i]]
+        kernels = np.unique(np.concatenate(rows)) if rows else np.zeros(0, dtype=np.int64)
+        comm = work.is_comm[kernels]
+        parts = [union(work.start[kernels[which]], work.end[kernels[which]]) for which in (~comm, comm)]
+        found.append(
+            {
+                "name": work.trace.names[name],
+                "count": len(mine),
+                "host_ms": float(took[name]) / 1e6,
+                "kernels": len(kernels),
+                "compute_ms": parts[0].total / 1e6,
+                "comm_ms": parts[1].total / 1e6,
+                "exposed_comm_ms": (parts[1] & work.exposed).total / 1e6,
+            }
+        )
+    return found, max(0, len(names) - MOST_RANGES)

@@ -1,0 +1,251 @@
+"""What one rank did: its kernels with their classes, and the sets of time that they cover."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from dsv3_train.errors import UserError
+from dsv3_train.profiling.classes import COMMUNICATION, UNCLASSIFIED, Table
+from dsv3_train.profiling.intervals import Intervals, union
+from dsv3_train.profiling.trace import WHICH, Trace
+
+
+@dataclass
+class Work:
+    """Kernels, copies and memsets of one GPU in order of their start; of a trace without any, its host's operators.
+
+    Arrays are int64 [n], times in nanoseconds on the trace's clock.
+    """
+
+    trace: Trace
+    rank: int
+    device: int | None
+    """None: a CPU's operators, each thread a stream; an operator counts while none that it called runs."""
+    start: np.ndarray
+    end: np.ndarray
+    name: np.ndarray
+    stream: np.ndarray
+    """Index into `streams`."""
+    which: np.ndarray
+    cls: np.ndarray
+    """Index into `classes`."""
+    launch: np.ndarray
+    """Row of `trace.launches` that launched it; -1: not known."""
+    operator: np.ndarray
+    """Row of `trace.operators` by the kernel's external id (of a CPU's operator: itself); -1: not known."""
+    collective: np.ndarray
+    classes: list[tuple[str, str]]
+    """(class, kind)."""
+    streams: list[str]
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device is not None
+
+    @cached_property
+    def is_comm(self) -> np.ndarray:
+        kinds = np.array([kind == COMMUNICATION for _, kind in self.classes] or [False])
+        return kinds[self.cls]
+
+    @cached_property
+    def compute(self) -> Intervals:
+        return union(self.start[~self.is_comm], self.end[~self.is_comm])
+
+    @cached_property
+    def comm(self) -> Intervals:
+        return union(self.start[self.is_comm], self.end[self.is_comm])
+
+    @cached_property
+    def exposed(self) -> Intervals:
+        """When there is communication and no compute."""
+        return self.comm - self.compute
+
+    @cached_property
+    def idle(self) -> Intervals:
+        return (self.compute | self.comm).gaps(self.first, self.last)
+
+    @property
+    def first(self) -> int:
+        """When the first kernel starts."""
+        return int(self.start[0])
+
+    @cached_property
+    def last(self) -> int:
+        """When the last kernel ends."""
+        return int(self.end.max())
+
+    def class_name(self, kernel: int) -> str:
+        return self.classes[self.cls[kernel]][0]
+
+    def text(self, kernel: int) -> str:
+        """A kernel's name."""
+        return self.trace.names[self.name[kernel]]
+
+    def launched(self) -> np.ndarray:
+        """When the host launched each kernel [n]; where that is not known, when it started."""
+        if not len(self.trace.launches["start"]):
+            return self.start
+        return np.where(self.launch >= 0, self.trace.launches["start"][self.launch], self.start)
+
+
+def works(traces: list[Trace], table: Table) -> list[Work]:
+    """One per rank, in order of rank. A file with kernels of several GPUs is several ranks.
+
+    Raises:
+        UserError: two files are of the same rank.
+    """
+    found: list[tuple[int | None, Trace, int | None]] = []
+    for trace in traces:
+        devices: list[int | None] = [int(device) for device in np.unique(trace.kernels["device"])] or [None]
+        several = len(devices) > 1
+        # A rank with one GPU is called after its process; several GPUs of a process count from there.
+        first = trace.rank if trace.rank is not None else _rank_in(trace.path)
+        for number, device in enumerate(devices):
+            found.append((first + number if first is not None and several else first, trace, device))
+    ranks = [rank for rank, _, _ in found]
+    if any(rank is None for rank in ranks):
+        ranks = list(range(len(found)))
+    numbers = [rank for rank in ranks if rank is not None]
+    for number in numbers:
+        if numbers.count(number) > 1:
+            paths = [str(trace.path) for rank, (_, trace, _) in zip(numbers, found, strict=True) if rank == number]
+            raise UserError(f"{paths[0]} and {paths[1]}: both are of rank {number}; give one trace of each rank")
+    chosen = [
+        _of_operators(trace, rank, table) if device is None else _of_device(trace, rank, device, table)
+        for rank, (_, trace, device) in zip(numbers, found, strict=True)
+    ]
+    return sorted(chosen, key=lambda work: work.rank)
+
+
+def _rank_in(path: Path) -> int | None:
+    """`rank3.json`, `trace_rank-3.json.gz`, `rank_3...`: 3."""
+    import re
+
+    found = re.search(r"rank[-_ ]?(\d+)", path.name.lower())
+    return int(found[1]) if found else None
+
+
+def _of_device(trace: Trace, rank: int, device: int, table: Table) -> Work:
+    rows = np.flatnonzero(trace.kernels["device"] == device)
+    rows = rows[np.argsort(trace.kernels["start"][rows], kind="stable")]
+    columns = {name: column[rows] for name, column in trace.kernels.items()}
+    streams, stream = _used(trace.streams, columns["stream"])
+    correlation, external = columns["correlation"], columns["external"]
+    launch = _rows_of(trace.launches["correlation"], correlation)
+    # Some traces put the correlation into the external id, which then is no operator's.
+    external = np.where(external == correlation, -1, external)
+    cls, classes = _classify(table, trace, columns["name"], columns["which"], columns["collective"])
+    return Work(
+        trace=trace,
+        rank=rank,
+        device=device,
+        start=columns["start"],
+        end=columns["end"],
+        name=columns["name"],
+        stream=stream,
+        which=columns["which"],
+        cls=cls,
+        launch=launch,
+        operator=_rows_of(trace.operators["external"], external),
+        collective=columns["collective"],
+        classes=classes,
+        streams=[f"stream {name}" if name.lstrip("-").isdigit() else name for name in streams],
+    )
+
+
+def _of_operators(trace: Trace, rank: int, table: Table) -> Work:
+    """Operators of each thread, cut where one calls another: what remains is each one's own time."""
+    columns = trace.operators
+    thread, start, end = columns["thread"], columns["start"], columns["end"]
+    order = np.lexsort((-end, start, thread))
+    pieces: list[tuple[int, int, int]] = []
+    stack: list[int] = []
+    now = 0
+    starts, ends, threads = start.tolist(), end.tolist(), thread.tolist()
+
+    def until(time: int) -> None:
+        nonlocal now
+        while stack and ends[stack[-1]] <= time:
+            row = stack.pop()
+            if ends[row] > now:
+                pieces.append((now, ends[row], row))
+                now = ends[row]
+        if stack and time > now:
+            pieces.append((now, time, stack[-1]))
+            now = time
+
+    last_thread = None
+    for row in order.tolist():
+        if threads[row] != last_thread:
+            until(1 << 62)
+            last_thread, now = threads[row], starts[row]
+        until(starts[row])
+        now = max(now, starts[row])
+        stack.append(row)
+    until(1 << 62)
+    if not pieces:
+        pieces = [(int(start[0]), int(end[0]), 0)]
+    cut = np.array(sorted(pieces), dtype=np.int64)
+    rows = cut[:, 2]
+    names, stream = _used([f"thread {number}" for number in range(int(thread.max()) + 1)], thread[rows])
+    none = np.full(len(rows), -1, dtype=np.int64)
+    cls, classes = _classify(table, trace, columns["name"][rows], none, np.zeros_like(none), cpu=True)
+    return Work(
+        trace=trace,
+        rank=rank,
+        device=None,
+        start=cut[:, 0],
+        end=cut[:, 1],
+        name=columns["name"][rows],
+        stream=stream,
+        which=none,
+        cls=cls,
+        launch=none,
+        operator=rows,
+        collective=np.zeros_like(none),
+        classes=classes,
+        streams=names,
+    )
+
+
+def _used(names: list[str], numbers: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """The names that occur, in order of number where they are numbers, and `numbers` as indices into them."""
+    kept, inverse = np.unique(numbers, return_inverse=True)
+    texts = [names[number] for number in kept]
+    order = sorted(range(len(texts)), key=lambda i: (not texts[i].isdigit(), texts[i].zfill(20)))
+    place = np.empty(len(texts), dtype=np.int64)
+    place[order] = np.arange(len(texts))
+    return [texts[i] for i in order], place[inverse]
+
+
+def _rows_of(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The row of `keys` that holds each of `wanted`; -1: none, or wanted is -1. Of several, the first."""
+    if not len(keys):
+        return np.full(len(wanted), -1, dtype=np.int64)
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    at = np.minimum(np.searchsorted(ordered, wanted), len(keys) - 1)
+    return np.where((ordered[at] == wanted) & (wanted >= 0), order[at], -1)
+
+
+def _classify(
+    table: Table, trace: Trace, names: np.ndarray, which: np.ndarray, collectives: np.ndarray, cpu: bool = False
+) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """Class of each kernel: every name is looked up once."""
+    keys, inverse = np.unique(np.stack([names, which, collectives], axis=1), axis=0, return_inverse=True)
+    known: dict[tuple[str, str], int] = {}
+    of_key = np.empty(len(keys), dtype=np.int64)
+    for number, (name, kind, collective) in enumerate(keys.tolist()):
+        what = trace.names[collective].split(" ")[0] if collective else ""
+        found = table.classify("cpu" if cpu else WHICH[kind], trace.names[name], what)
+        of_key[number] = known.setdefault(found, len(known))
+    return of_key[inverse.reshape(-1)], list(known)
+
+
+def is_unclassified(work: Work) -> np.ndarray:
+    """Which kernels no rule knows."""
+    return np.array([name == UNCLASSIFIED for name, _ in work.classes] or [False])[work.cls]
