@@ -46,8 +46,8 @@ def from_hf(
 ) -> None:
     """Make a checkpoint that any layout can load: DST/recipe.yaml and DST/checkpoints/step_00000000.
 
-    A conversion that was killed goes on where it stopped. Memory: 0.64 GiB for each worker, whatever the model. For `dsv3 train` a checkpoint is not needed:
-    checkpoint.load=hf:SRC begins from the files themselves.
+    A conversion that was killed goes on where it stopped. Each worker takes up to 0.64 GiB, whatever the model.
+    For `dsv3 train` a checkpoint is not needed: checkpoint.load=hf:SRC begins from the files themselves.
 
     Example: dsv3 convert from-hf models/DeepSeek-V3 runs/v3 --mtp keep --dry-run
     """

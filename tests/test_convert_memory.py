@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from synthetic_hf import CONFIG, make
 
 SIZES = {
-    "vocab_size": 32768,
+    "vocab_size": 16384,
     "hidden_size": 1024,
-    "intermediate_size": 32768,  # as many values as are held at once
+    "intermediate_size": 16384,  # as many values as are held at once
     "moe_intermediate_size": 512,
     "num_attention_heads": 32,
     "num_key_value_heads": 32,

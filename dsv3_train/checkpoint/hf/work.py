@@ -21,7 +21,7 @@ from dsv3_train.runtime.workers import each, pool
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total), the latter two in bytes."""
 MOST_WORKERS = 8
-BLOCK_VALUES = 1 << 25
+BLOCK_VALUES = 1 << 24
 """Values that a worker holds at once, at most: larger tensors go by rows."""
 WORKER_BYTES = 640 << 20
 """What a worker takes beyond the interpreter and torch, at most; measured in tests/test_convert_memory.py."""
