@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from dsv3_train.profiling.work import Work
+    from dsv3_train.training.profile import Plan
 
 app = typer.Typer(no_args_is_help=True, help="Where the time of a step goes: communication hidden, exposed, idle.")
 
@@ -81,8 +82,9 @@ def write_report(
     out: Path | None,
     html: Path | None = None,
     png: Path | None = None,
+    more: str = "",
 ) -> list[Path]:
-    """Write what is wanted; which files that were."""
+    """Write what is wanted (`more`: HTML of a page); which files that were."""
     from dsv3_train.profiling.report import as_json, write
 
     pages = [path for path in (html, out / "report.html" if out else None) if path]
@@ -94,7 +96,7 @@ def write_report(
     if pages:
         from dsv3_train.profiling.page import page
 
-        text = page(works, figures)
+        text = page(works, figures, more)
         for path in pages:
             write(path, text)
     if pictures:
@@ -104,6 +106,81 @@ def write_report(
         for path in pictures:
             save(drawn, path)
     return [*written, *pages, *pictures]
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (dsv3 recipes list) or a YAML file.")],
+    overrides: Annotated[
+        Optional[list[str]], typer.Argument(help="Recipe overrides, as training.seed=7.", metavar="[a.b=c]...")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps timed without a profiler, and then as many traced.")] = 3,
+    warmup: Annotated[int, typer.Option(min=1, help="Steps before them.")] = 2,
+    ranks: Annotated[str, typer.Option(help="Ranks that write a trace, as 0,1; or all.")] = "0",
+    out: Annotated[
+        Optional[Path], typer.Option(help="Directory of all files; none: RUN_DIR/profile.", metavar="DIR")
+    ] = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Train a few steps on random tokens, and report where their time went.
+
+    Leaves traces for Perfetto and TensorBoard (rankN.pt.trace.json.gz), report.json, report.html, report.png, and of a
+    pipeline its measured diagram beside the simulated ones: pipeline.svg, pipeline.html. The pipeline is measured in
+    steps without a profiler.
+
+    Example: dsv3 profile run smoke schedule.batch_size=8 --steps 2
+    """
+    from dsv3_train.training.profile import Plan, ready
+    from dsv3_train.training.profile import run as train
+
+    loaded = ready(recipe, overrides or [])
+    where = out or Path(loaded.runtime.run_dir.format(name=loaded.name)) / "profile"
+    plan = Plan(where, steps, warmup, _ranks(ranks, loaded.parallel.world_size))
+    train(loaded, plan, lambda: _report_run(plan, as_json))
+
+
+def _ranks(text: str, world: int) -> tuple[int, ...]:
+    from dsv3_train.errors import UserError
+
+    if text == "all":
+        return tuple(range(world))
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise UserError(f"--ranks: numbers with commas between them, or all; not {text!r}") from None
+
+
+def _report_run(plan: Plan, as_json: bool) -> None:
+    """From the files that a run left: reports and pictures, and what stands in them."""
+    import json
+
+    from dsv3_train.profiling.classes import table
+    from dsv3_train.profiling.pipeline_page import write_pipelines
+    from dsv3_train.profiling.report import as_json as to_json
+    from dsv3_train.profiling.report import report
+    from dsv3_train.profiling.work import works
+    from dsv3_train.training.profile import trace_of
+
+    timed = json.loads((plan.out / "pipeline.json").read_text(encoding="utf-8"))
+    traces = [trace_of(plan.out, rank) for rank in plan.ranks]
+    found = works(_read(traces, quiet=as_json), table())
+    figures = report(found)
+    speed = ("step_seconds", "tokens_per_second", "tflops_per_process")
+    figures["speed"] = {key: timed[key] for key in speed}
+    figures["pipelines"], drawn, section = write_pipelines(plan.out, timed)
+    written = [*traces, *drawn, *write_report(found, figures, out=plan.out, more=section)]
+    if as_json:
+        print(to_json(figures))
+        return
+    from rich.console import Console
+
+    from dsv3_train.profiling.table import show, show_pipelines
+
+    console = Console()
+    show(figures, console)
+    show_pipelines(figures, console)
+    for path in written:
+        print(f"wrote {path}")
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -23,9 +23,11 @@ class Timeline:
 
     @contextmanager
     def span(self, ops: tuple[Op, ...]) -> Iterator[None]:
-        """What runs within is `ops`."""
+        """What runs within is `ops`; in a trace, a range of that name."""
+        traced = torch.autograd._profiler_enabled()
         start = self._mark()
-        yield
+        with torch.profiler.record_function(named(ops)) if traced else nullcontext():
+            yield
         self._marks.append((start, self._mark(), ops))
 
     def spans(self) -> tuple[Span, ...]:
@@ -45,3 +47,8 @@ class Timeline:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+def named(ops: tuple[Op, ...]) -> str:
+    """`F stage 2 micro-batch 5`; of a pair, both."""
+    return " & ".join(f"{op.kind} stage {op.stage} micro-batch {op.micro_batch}" for op in ops)

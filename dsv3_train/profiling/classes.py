@@ -120,7 +120,12 @@ KERNELS = (
 )
 
 OPERATORS = (
-    _comm("collective", r"^gloo:|^c10d::|^nccl:|^mpi:|record_param_comms|^ucc:|_c10d_functional"),
+    # Megatron-core's autograd functions: what they compute are operators of their own, and the rest is a wait.
+    _comm(
+        "collective",
+        r"^gloo:|^c10d::|^nccl:|^mpi:|record_param_comms|^ucc:|_c10d_functional|^_(alltoall|allgather|reducescatter"
+        r"|allreduce|copyto|reducefrom|gatherfrom|scatterto|vocabparallel)",
+    ),
     _compute("attention", r"scaled_dot_product|flash_attention|efficient_attention"),
     _compute(
         "GEMM", r"::(mm|addmm|bmm|baddbmm|matmul|linear|_scaled_mm|_grouped_mm|mv|addmv|dot|einsum|mkldnn_linear)$"

@@ -125,8 +125,8 @@ def _bar(rank: dict[str, Any]) -> str:
         (rank["idle_ms"] - host, IDLE, "idle, other"),
     )
     cells = "".join(
-        f'<div style="width:{100 * ms / span:.3f}%;background:{colour}" title="{name}: {ms:.3f} ms ({ms / span:.2%})">'
-        f"{f'{ms:.2f} ms' if ms > 0.06 * span else ''}</div>"
+        f'<div style="width:{100 * ms / span:.3f}%;background:{colour};color:{"#000" if colour == IDLE else "#fff"}" '
+        f'title="{name}: {ms:.3f} ms ({ms / span:.2%})">{f"{ms:.2f} ms" if ms > 0.06 * span else ""}</div>'
         for ms, colour, name in parts
     )
     hidden = rank["comm_ms"] - rank["exposed_comm_ms"]
@@ -181,6 +181,13 @@ def _sections(rank: dict[str, Any]) -> str:
                 [row["class"], row["kind"], row["kernels"], row["ms"], row["union_ms"], row["exposed_ms"]]
                 for row in rank["classes"]
             ],
+        )
+    )
+    parts.append(
+        _table(
+            "Kernels that took longest",
+            ["kernel", "class", "kernels", "ms"],
+            [[row["name"], row["class"], row["kernels"], row["ms"]] for row in rank["largest"]],
         )
     )
     parts.append(

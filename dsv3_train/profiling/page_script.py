@@ -60,7 +60,8 @@ function draw() {
         if (row.stream && w > 50) {
           g.fillStyle = "#fff";
           g.save(); g.beginPath(); g.rect(left, row.y, w - 2, row.height); g.clip();
-          g.fillText(rank.classes[source.cls[i]].name + ": " + rank.names[source.name[i]], left + 4, row.y + row.height / 2); g.restore();
+          const name = rank.classes[source.cls[i]].name + ": " + rank.names[source.name[i]];
+          g.fillText(name, left + 4, row.y + row.height / 2); g.restore();
         }
         if (w > 3) { g.fillStyle = "rgba(255,255,255,.7)"; g.fillRect(right - 0.7, row.y, 0.7, row.height); }
       }

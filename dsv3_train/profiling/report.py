@@ -19,6 +19,7 @@ from dsv3_train.profiling.work import Work, is_unclassified
 
 FORMAT = 1
 _UNKNOWN_SHOWN = 20
+_LARGEST_SHOWN = 40
 
 
 def report(works: list[Work]) -> dict[str, Any]:
@@ -59,6 +60,7 @@ def of_rank(work: Work) -> dict[str, Any]:
         **({} if work.on_gpu else {"operators": len(work.trace.operators["start"])}),
         "idle": idle(work),
         "classes": _classes(work),
+        "largest": _largest(work),
         "streams": _streams(work),
         "steps": steps(work),
         "ranges": named,
@@ -89,6 +91,24 @@ def _classes(work: Work) -> list[dict[str, Any]]:
             }
         )
     return sorted(found, key=lambda row: -row["ms"])
+
+
+def _largest(work: Work) -> list[dict[str, Any]]:
+    """The names that took longest, with the sum of their times."""
+    took, count = np.zeros((2, len(work.trace.names)), dtype=np.int64)
+    np.add.at(took, work.name, work.end - work.start)
+    np.add.at(count, work.name, 1)
+    first = dict(zip(work.name[::-1].tolist(), work.cls[::-1].tolist(), strict=True))
+    return [
+        {
+            "name": work.trace.names[name][:400],
+            "class": work.classes[first[name]][0],
+            "kernels": int(count[name]),
+            "ms": float(took[name]) / 1e6,
+        }
+        for name in np.argsort(-took, kind="stable")[:_LARGEST_SHOWN].tolist()
+        if took[name]
+    ]
 
 
 def _streams(work: Work) -> list[dict[str, Any]]:
@@ -157,7 +177,8 @@ def _findings(work: Work, whole: dict[str, Any]) -> list[dict[str, Any]]:
         )
     if whole["unclassified"]["ms"] > 0.05 * span:
         ms = whole["unclassified"]["ms"]
-        text = f"{ms:.2f} ms of kernels have no class, and count as compute: see `unclassified`, and --classes"
+        what = "kernels" if work.on_gpu else "operators"
+        text = f"{ms:.2f} ms of {what} have no class, and count as compute: see `unclassified`, and --classes"
         found.append({"kind": "unclassified", "ms": ms, "text": text})
     return sorted(found, key=lambda one: -one["ms"])
 

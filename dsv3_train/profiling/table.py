@@ -19,7 +19,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     first = ranks[0]
     if len(ranks) > 1:
         console.print(f"Of rank {first['rank']} (all ranks: --json, --html, --out):", style="dim")
-    for part in (_classes(first), _steps(first), _ranges(first), _exposures(first), _gaps(first)):
+    for part in (_classes(first), _largest(first), _steps(first), _ranges(first), _exposures(first), _gaps(first)):
         if part is not None:
             console.print(part)
     for line in _closing(figures, ranks):
@@ -27,8 +27,10 @@ def show(figures: dict[str, Any], console: Console) -> None:
 
 
 def _table(*columns: str, title: str = "") -> Table:
-    table = Table(box=box.SIMPLE, title=title, title_justify="left", title_style="bold", pad_edge=False)
-    table.add_column(columns[0], overflow="fold")
+    table = Table(
+        box=box.SIMPLE, title=title, title_justify="left", title_style="bold", pad_edge=False, collapse_padding=True
+    )
+    table.add_column(columns[0], overflow="fold", min_width=len(columns[0]))
     for column in columns[1:]:
         table.add_column(column, justify="right", no_wrap=True)
     return table
@@ -39,11 +41,13 @@ def _share(value: float | None) -> str:
 
 
 def _ms(value: float | None) -> str:
-    return "" if value is None else f"{value:,.2f}"
+    if value is None:
+        return ""
+    return f"{value:,.2f}" if value < 100 else f"{value:,.1f}" if value < 10_000 else f"{value:,.0f}"
 
 
 def _ranks(ranks: list[dict[str, Any]]) -> Table:
-    table = _table("rank", "span ms", "compute", "comm", "exposed", "hidden", "idle", "host-bound", "kernels")
+    table = _table("rank", "span ms", "compute", "comm", "exposed", "hidden", "idle", "host", "kernels")
     for rank in ranks:
         table.add_row(
             str(rank["rank"]),
@@ -53,25 +57,33 @@ def _ranks(ranks: list[dict[str, Any]]) -> Table:
             _ms(rank["idle"]["host_bound_ms"]),
             f"{rank['kernels']:,}",
         )
+    table.caption = "ms; host: idle because the GPU waits for launches; compute + exposed + idle = span"
     return table
 
 
 def _classes(rank: dict[str, Any]) -> Table:
-    table = _table("class", "kernels", "ms", "union ms", "exposed ms", "streams", title="by class")
+    table = _table("class", "kernels", "ms", "union", "exposed", "streams", title="by class")
     for row in rank["classes"][:_CLASSES]:
-        streams = ", ".join(name.removeprefix("stream ") for name in row["streams"][:4])
-        more = "..." if len(row["streams"]) > 4 else ""
+        streams = ", ".join(name.removeprefix("stream ").removeprefix("thread ") for name in row["streams"][:3])
+        more = "..." if len(row["streams"]) > 3 else ""
         style = "yellow" if row["kind"] == "communication" else ""
         cells = (f"{row['kernels']:,}", _ms(row["ms"]), _ms(row["union_ms"]), _ms(row["exposed_ms"]), streams + more)
         table.add_row(row["class"], *cells, style=style)
     gemm = rank["gemm"]
     if gemm and gemm["tflops"] is not None:
         table.caption = (
-            f"GEMM: {gemm['tflops']:,.1f} TFLOPS over the {gemm['with_shapes_ms']:,.2f} of {gemm['ms']:,.2f} ms "
+            f"GEMM: {gemm['tflops']:.3g} TFLOPS over the {gemm['with_shapes_ms']:,.2f} of {gemm['ms']:,.2f} ms "
             "whose shapes are in the trace"
         )
     elif gemm:
         table.caption = "GEMM TFLOPS: not known; the trace has no shapes (record_shapes=True)"
+    return table
+
+
+def _largest(rank: dict[str, Any]) -> Table:
+    table = _table("longest", "kernels", "ms")
+    for row in rank["largest"][:10]:
+        table.add_row(Text(_name(row)), f"{row['kernels']:,}", _ms(row["ms"]))
     return table
 
 
@@ -89,7 +101,7 @@ def _ranges(rank: dict[str, Any]) -> Table | None:
     rows = [row for row in rank["ranges"] if row["kernels"]][:_RANGES]
     if not rows:
         return None
-    table = _table("range", "count", "kernels", "compute", "comm", "exposed ms", title="by named range")
+    table = _table("range", "count", "kernels", "compute", "comm", "exposed", title="by named range")
     for row in rows:
         parts = (_ms(row[key]) for key in ("compute_ms", "comm_ms", "exposed_comm_ms"))
         table.add_row(Text(row["name"]), f"{row['count']:,}", f"{row['kernels']:,}", *parts)
@@ -145,3 +157,29 @@ def _closing(figures: dict[str, Any], ranks: list[dict[str, Any]]) -> list[Text]
             names = ", ".join(f"{row['name'][:60]} ({row['ms']:.2f} ms)" for row in unknown["names"][:3])
             lines.append(Text(f"{of}not classified, counted as compute: {unknown['ms']:.2f} ms: {names}", style="dim"))
     return lines
+
+
+def show_pipelines(figures: dict[str, Any], console: Console) -> None:
+    """Speed, and of every pipeline its bubbles: measured, simulated with the measured times, and the schedule's own."""
+    speed = figures["speed"]
+    console.print(
+        Text(
+            f"{speed['step_seconds']:.3f} s per step, {speed['tokens_per_second']:,.0f} tokens/s, "
+            f"{speed['tflops_per_process']:.3g} TFLOPS per process (without the profiler)"
+        )
+    )
+    if not figures["pipelines"]:
+        return
+    table = _table("pipeline of ranks", "span ms", "bubble", "simulated", "ideal", "mean", title="pipelines")
+    for one in figures["pipelines"]:
+        ranks = ", ".join(str(rank["rank"]) for rank in one["ranks"])
+        keys = ("bubble_fraction", "simulated_bubble_fraction", "ideal_bubble_fraction", "mean_bubble_fraction")
+        table.add_row(ranks, _ms(one["span_ms"]), *(_share(one[key]) for key in keys))
+    table.caption = (
+        "bubble: on the rank that idles most; simulated: with the measured mean times and messages that take none;\n"
+        "ideal: every stage takes the same times; mean: over the ranks"
+    )
+    console.print(table)
+    for one in figures["pipelines"]:
+        for found in one["findings"]:
+            console.print(Text(f"! {found['text']}", style="bold"))

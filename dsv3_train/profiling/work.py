@@ -191,7 +191,11 @@ def _of_operators(trace: Trace, rank: int, table: Table) -> Work:
         pieces = [(int(start[0]), int(end[0]), 0)]
     cut = np.array(sorted(pieces), dtype=np.int64)
     rows = cut[:, 2]
-    names, stream = _used([f"thread {number}" for number in range(int(thread.max()) + 1)], thread[rows])
+    busy = np.zeros(int(thread.max()) + 1)
+    np.add.at(busy, thread[rows], cut[:, 1] - cut[:, 0])
+    order = np.argsort(-busy, kind="stable")  # there are many threads, and one or two that matter
+    place = np.argsort(order, kind="stable")
+    names, stream = [f"thread {number}" for number in order[busy[order] > 0]], place[thread[rows]]
     none = np.full(len(rows), -1, dtype=np.int64)
     cls, classes = _classify(table, trace, columns["name"][rows], none, np.zeros_like(none), cpu=True)
     return Work(

@@ -1,0 +1,119 @@
+"""`dsv3 profile run` on real processes: traces, named ranges, and the measured pipeline beside the simulated one."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dsv3_cli import main
+from dsv3_train.recipe.load import dump
+from dsv3_train.recipe.schema import Recipe
+from dsv3_train.runtime import distributed
+from parity import in_processes, tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    distributed.prepare_import("cpu")
+    import dsv3_train.training.assemble
+    import dsv3_train.training.step  # noqa: F401  once, before forking
+
+
+def profile(recipe: Recipe, folder: Path, *options: object) -> None:
+    (folder / "recipe.yaml").write_text(dump(recipe))
+    arguments = ["profile", "run", str(folder / "recipe.yaml"), "--out", str(folder / "out"), *map(str, options)]
+    result = CliRunner().invoke(main.app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+
+
+def report(folder: Path) -> tuple[dict, list[dict]]:
+    """The report, and its pipelines."""
+    from dsv3_train.profiling.pipeline_page import write_pipelines
+
+    timed = json.loads((folder / "out" / "pipeline.json").read_text())
+    return json.loads((folder / "out" / "report.json").read_text()), write_pipelines(folder / "again", timed)[0]
+
+
+def test_four_processes_of_dualpipe_draw_their_diagram(tmp_path):
+    recipe = tiny(parallel={"world_size": 4, "pipeline": 4}, pipeline={"schedule": "dualpipe"})
+    profile(recipe, tmp_path, "--steps", 2, "--warmup", 1, "--ranks", "0,3")
+    figures, (pipeline,) = report(tmp_path)
+    assert figures["pipelines"] == [pipeline]
+    assert [rank["rank"] for rank in pipeline["ranks"]] == [0, 1, 2, 3]
+    # Waiting for messages adds to the bubble that the schedule has by itself.
+    assert 0 < pipeline["ideal_bubble_fraction"] < 1
+    assert pipeline["simulated_bubble_fraction"] <= pipeline["bubble_fraction"] < 1
+    assert {"F", "F&B", "I", "W"} <= set(pipeline["ranks"][0]["ms"])
+    drawn = ElementTree.parse(tmp_path / "out" / "pipeline.svg").getroot()
+    cells = [group for group in drawn.iter("{http://www.w3.org/2000/svg}g") if group.get("class") == "op"]
+    timed = json.loads((tmp_path / "out" / "pipeline.json").read_text())
+    measured = sum(len(spans) for spans in (rank[0] for rank in timed["pipelines"][0]["steps"]))
+    assert len(cells) == 3 * measured  # measured, simulated and ideal
+    for rank in figures["ranks"]:
+        assert [step["step"] for step in rank["steps"]] == [1, 2]  # the profiler's warm-up is not among them
+        assert rank["compute_ms"] + rank["exposed_comm_ms"] + rank["idle_ms"] == pytest.approx(rank["span_ms"])
+        names = {row["name"] for row in rank["ranges"]}
+        parts = {"attention", "dispatch", "experts", "combine", "route"}
+        assert {f"{part} {way}" for part in parts for way in ("forward", "backward")} <= names
+        assert {"p2p post", "p2p wait", "grad reduce", "optimizer"} <= names
+        assert any(name.startswith("F stage") and "& B stage" in name for name in names)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "pipeline.html",
+        "pipeline.json",
+        "pipeline.svg",
+        "rank0.pt.trace.json.gz",
+        "rank3.pt.trace.json.gz",
+        "report.html",
+        "report.json",
+        "report.png",
+    ]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_a_sleeping_rank_under_megatrons_schedules_is_named(tmp_path, monkeypatch, schedule):
+    from dsv3_train.training import assemble
+
+    plain = assemble.assemble
+
+    def with_a_sleeper(*arguments):
+        trainer = plain(*arguments)
+        if torch.distributed.get_rank() == 1:
+            for model in trainer.models:
+                model.register_forward_pre_hook(lambda *_: time.sleep(0.15))
+        return trainer
+
+    monkeypatch.setattr(assemble, "assemble", with_a_sleeper)
+    pipeline = {"schedule": schedule, "virtual_stages": 2 if schedule == "interleaved" else 1}
+    recipe = tiny(parallel={"world_size": 2, "pipeline": 2}, pipeline=pipeline)
+    profile(recipe, tmp_path, "--steps", 1, "--warmup", 1)
+    _, (told,) = report(tmp_path)
+    assert told["findings"][0]["kind"] == "slow rank"
+    assert told["findings"][0]["rank"] == 1
+    assert told["ranks"][1]["ms"]["F"] > 150
+    assert told["simulated_bubble_fraction"] > told["ideal_bubble_fraction"]
+
+
+def _skewed(out: Path) -> None:
+    from dsv3_train.profiling.clocks import offsets
+
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    apart = offsets(lambda: time.perf_counter() + 5.0 * rank, where=f"machine {rank}")
+    same = offsets(lambda: time.perf_counter() + 5.0 * rank, where="one machine")
+    (out / f"{rank}.json").write_text(json.dumps([apart, same]))
+    torch.distributed.destroy_process_group()
+
+
+def test_clocks_of_other_machines_are_measured(tmp_path):
+    in_processes(functools.partial(_skewed, tmp_path), 3)
+    for rank in range(3):
+        apart, same = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert apart == pytest.approx([0, 5, 10], abs=0.05)
+        assert same == [0, 0, 0]
