@@ -24,7 +24,7 @@ from dsv3_train.recipe import load as recipes
 from dsv3_train.recipe.schema import Recipe
 
 Mtp = Literal["keep", "drop"]
-_LARGEST_FILE, _SMALLEST_FILE, _FILES = 2 << 30, 32 << 20, 64
+_LARGEST_FILE, _SMALLEST_FILE, _FILES = 2 << 30, 128 << 20, 64
 _NOTHING_DONE = {"step": 0, "consumed_samples": 0, "consumed_tokens": 0}
 
 
