@@ -299,6 +299,11 @@ class Logging(Section):
     tensorboard: bool = True
     expert_load_interval: int = Field(default=100, ge=0)
     """Steps between heat maps of the load per layer and expert; 0: none."""
+    pipeline_interval: int = Field(default=0, ge=0)
+    """Steps between figures of the pipeline: bubble fraction, slowest rank; 0: none."""
+    trace_interval: int = Field(default=0, ge=0)
+    """Steps between traces of one step on rank 0 (RUN_DIR/profile), which tell how much communication is exposed; 0:
+    none. Each costs some seconds."""
 
 
 class Runtime(Section):

@@ -88,6 +88,16 @@ class RunLog:
         self._say(f"step {step}: validation loss {loss:.4f}")
         self._on_board("add_scalar", "validation/loss", loss, step)
 
+    def overlap(self, step: int, figures: dict[str, Any]) -> None:
+        """What `profiling/live.py` found of a step."""
+        self._write_metrics({"kind": "overlap", "step": step, **figures})
+        if figures.get("straggler") is not None:
+            ratio = figures["slowest_over_median"]
+            self._say(f"step {step}: rank {figures['straggler']} computes {ratio:.2f}x as long as the median rank")
+        for key in ("bubble_fraction", "slowest_rank", "slowest_over_median", "exposed_comm_ms", "hidden_fraction"):
+            if figures.get(key) is not None:
+                self._on_board("add_scalar", f"overlap/{key.replace('_', ' ')}", figures[key], step)
+
     def expert_load(self, step: int, load_le: np.ndarray) -> None:
         """Tokens of one global batch per MoE layer and expert, [layers, experts], as a heat map."""
         from dsv3_train.training import pictures  # matplotlib takes as long to import as all else here

@@ -85,7 +85,7 @@ def _on_rank(recipe: Recipe, device: str, plan: Plan, done: Callable[[], None]) 
     from dsv3_train.training.assemble import assemble
 
     distributed.start(recipe, device)
-    work = _Work(recipe, device, assemble(recipe, device))
+    work = RandomSteps(recipe, device, assemble(recipe, device))
     for _ in range(plan.warmup):
         work.step()
     spans, seconds, recorded = Spans(work.trainer), [], []
@@ -107,7 +107,7 @@ def _on_rank(recipe: Recipe, device: str, plan: Plan, done: Callable[[], None]) 
         done()
 
 
-class _Work:
+class RandomSteps:
     """Steps of the recipe's last batch size on the same random tokens."""
 
     def __init__(self, recipe: Recipe, device: str, trainer: Any) -> None:
@@ -162,7 +162,7 @@ def _gather(recorded: list[tuple]) -> list[dict[str, Any]]:
     return everyone
 
 
-def _trace(work: _Work, plan: Plan, rank: int) -> None:
+def _trace(work: RandomSteps, plan: Plan, rank: int) -> None:
     """As many steps again, under torch.profiler on the chosen ranks; one more warms the profiler up."""
     import torch
 
@@ -194,7 +194,7 @@ def _export(profiler: Any, path: Path) -> None:
         raise UserError(f"{path}: cannot write ({error.strerror or error})") from None
 
 
-def _timed(work: _Work, seconds: list[float], gathered: list[dict[str, Any]]) -> dict[str, Any]:
+def _timed(work: RandomSteps, seconds: list[float], gathered: list[dict[str, Any]]) -> dict[str, Any]:
     """Speed, and what was recorded of every pipeline."""
     from dsv3_train.planner.flops import flops_per_token
 

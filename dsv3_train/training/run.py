@@ -21,6 +21,7 @@ from dsv3_train.data.sets import train_sets
 from dsv3_train.errors import UserError
 from dsv3_train.optim.ema import ParameterEma
 from dsv3_train.optim.schedules import Schedules, Values
+from dsv3_train.profiling.live import Watch
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import heartbeat, incidents
 from dsv3_train.runtime.exits import PREEMPTED
@@ -89,17 +90,21 @@ class Run:
             run_dir / "checkpoints",
             recipe.checkpoint.keep_last,
             recipe.checkpoint.asynchronous,
-            lambda path: self._event(f"checkpoint {path.name} is complete"),
+            self._checkpoint_complete,
             lambda step, reason: self._incident(
                 "checkpoint", f"the checkpoint of step {step} failed, and training goes on: {reason}"
             ),
         )
         self.speed = Speed(recipe, device)
+        self.watch = Watch(recipe, run_dir, self.trainer)
         self.last_validation: float | None = None
 
     def _event(self, text: str) -> None:
         if self.log:
             self.log.event(text)
+
+    def _checkpoint_complete(self, path: Path, stood_still: float) -> None:
+        self._event(f"checkpoint {path.name} is complete; training stood still for {stood_still:.2f} s")
 
     def _incident(self, kind: str, text: str) -> None:
         """Something went wrong, and the run goes on: into the log and the record of incidents."""
@@ -266,7 +271,7 @@ class Run:
         batches = [next(reader) for _ in range(count)] if reader else None
         clock.mark("data")
         heartbeat.mark("forward and backward")
-        compute = functools.partial(forward_backward, self.trainer, values, batches, count)
+        compute = self.watch.watched(functools.partial(forward_backward, self.trainer, values, batches, count), number)
         losses, verdict = self.guard.gradients(compute, number, first_sample, batch_size)
         clock.mark("forward_backward")
         if verdict is Verdict.ROLL_BACK:
@@ -285,8 +290,11 @@ class Run:
         self._advance(batch_size)
         self.guard.after_update(number)
         counts_le, biases_le = self.trainer.load.gather()
+        overlap = self.watch.figures(number)
         clock.mark("other")
         self._log_step(values, losses, grad_norm, clock, counts_le, biases_le)
+        if overlap and self.log:
+            self.log.overlap(number, overlap)
         return verdict
 
     def _advance(self, batch_size: int) -> None:

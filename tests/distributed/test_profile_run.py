@@ -117,3 +117,40 @@ def test_clocks_of_other_machines_are_measured(tmp_path):
         apart, same = json.loads((tmp_path / f"{rank}.json").read_text())
         assert apart == pytest.approx([0, 5, 10], abs=0.05)
         assert same == [0, 0, 0]
+
+
+def _watch(recipe: Recipe, out: Path) -> None:
+    from dsv3_train.profiling.live import Watch
+    from dsv3_train.training.assemble import assemble
+    from dsv3_train.training.profile import RandomSteps
+
+    distributed.start(recipe, "cpu")
+    steps = RandomSteps(recipe, "cpu", assemble(recipe, "cpu"))
+    rank = torch.distributed.get_rank()
+    if rank == 1:
+        for model in steps.trainer.models:
+            model.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+    watch, found = Watch(recipe, out, steps.trainer), []
+    for number in range(1, 5):
+        watch.watched(steps.step, number)()
+        found.append(watch.figures(number))
+    (out / f"{rank}.json").write_text(json.dumps(found))
+    distributed.stop()
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb1p"])
+def test_a_run_tells_bubble_straggler_and_exposed_communication_when_it_is_their_turn(tmp_path, schedule):
+    recipe = tiny(
+        parallel={"world_size": 2, "pipeline": 2},
+        pipeline={"schedule": schedule},
+        logging={"pipeline_interval": 2, "trace_interval": 4},
+    )
+    in_processes(functools.partial(_watch, recipe, tmp_path), 2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first[0] == first[2] == {}
+    assert first[1] == second[1]
+    assert first[1]["straggler"] == first[1]["slowest_rank"] == 1
+    assert 0.2 < first[1]["bubble_fraction"] < 1  # of rank 0, which waits for the sleeper
+    assert first[3]["exposed_comm_ms"] >= 0
+    assert Path(first[3]["trace"]).is_file()
+    assert "trace" not in second[3]
