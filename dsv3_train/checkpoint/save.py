@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
 import platform
 import queue
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -80,15 +82,16 @@ class CheckpointWriter:
         root: Path,
         keep_last: int,
         asynchronous: bool,
-        saved: Callable[[Path], None],
+        saved: Callable[[Path, float], None],
         failed: Callable[[int, str], None],
     ) -> None:
         self.root = root
         self.keep_last = keep_last
         self.asynchronous = asynchronous
-        self._saved = saved  # told on rank 0 when a checkpoint is whole
+        self._saved = saved  # told on rank 0 when a checkpoint is whole, and for how many seconds training stood still
         self._failed = failed  # told on every rank the step and the reason
         self._save: _Save | None = None
+        self._stood_still, self._began = 0.0, 0.0
         self._rank = torch.distributed.get_rank()
         # Megatron would start a manager process for this queue, which a killed rank leaves behind for good
         # (filesystem_async._get_write_results_queue); our results come through a pipe of our own.
@@ -97,6 +100,18 @@ class CheckpointWriter:
     def save(self, state: dict, step: int) -> None:
         """Begin to save `state` as the checkpoint of `step`. Collective."""
         self.finish()  # one at a time: a second would only compete for the disk
+        self._stood_still = 0.0
+        with self._standing_still():
+            self._begin(state, step)
+
+    @contextlib.contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        start = time.perf_counter()
+        self._began = start
+        yield
+        self._stood_still += time.perf_counter() - start
+
+    def _begin(self, state: dict, step: int) -> None:
         unfinished = step_path(self.root, step).with_name(step_path(self.root, step).name + UNFINISHED)
         error = None
         if self._rank == 0:
@@ -128,17 +143,19 @@ class CheckpointWriter:
         """Complete a save whose writers are done on all ranks. Collective while one is under way."""
         if self._save is None:
             return
-        self._receive(0)
-        waiting = torch.tensor([self._save.written is None], dtype=torch.int32, device=torch.cuda.current_device())
-        torch.distributed.all_reduce(waiting)
-        if not waiting.item():
-            self._complete()
+        with self._standing_still():
+            self._receive(0)
+            waiting = torch.tensor([self._save.written is None], dtype=torch.int32, device=torch.cuda.current_device())
+            torch.distributed.all_reduce(waiting)
+            if not waiting.item():
+                self._complete()
 
     def finish(self) -> None:
         """Wait for the save under way, if any. Collective."""
         if self._save is not None:
-            self._receive(None)
-            self._complete()
+            with self._standing_still():
+                self._receive(None)
+                self._complete()
 
     def _receive(self, seconds: float | None) -> None:
         """Take what this rank's writer has to tell, if it is done within so many seconds."""
@@ -181,7 +198,7 @@ class CheckpointWriter:
             prune(self.root, self.keep_last)
         except OSError as reason:
             self._failed(save.step, f"it is saved, but older ones cannot be removed: {_in_words(reason)}")
-        self._saved(final)
+        self._saved(final, self._stood_still + time.perf_counter() - self._began)
 
     def _any_failed(self, step: int, error: str | None, unfinished: Path | None = None) -> bool:
         """Whether any rank met an error: then all know, rank 0 removes what is there, and training goes on."""

@@ -57,7 +57,8 @@ def samples(run_dir: Path, asked: list[str]) -> list[Sample]:
         tokens = dataset[number]["tokens"].tolist()
         skip = next((skip for skip in known if skip.first <= number <= skip.last), None)
         text = tokenizer.decode(tokens) if tokenizer else None
-        found.append(Sample(number, skip and skip.reason, skip and skip.step, tokens, text))
+        why, step = (skip.reason, skip.step) if skip else (None, None)
+        found.append(Sample(number, why, step, tokens, text))
     return found
 
 
