@@ -79,7 +79,10 @@ def test_256_nodes(tmp_path, site):
         assert (part in script) == (part != "torchrun"), part
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="needs shellcheck")
 def test_shellcheck(tmp_path, site):
     site.write_text(
         "{modules: [a], setup: ['source /x/activate'], environment: {B: 'it''s \"so\"'}, mounts: ['/a:/b']}"
@@ -90,7 +93,7 @@ def test_shellcheck(tmp_path, site):
         prepare("dsv3_671b_2048xh800", [], [], {}),
     )):  # fmt: skip
         (tmp_path / f"{number}.sh").write_text(job.script)
-        done = subprocess.run(["shellcheck", "--exclude=SC1091", f"{number}.sh"], capture_output=True, text=True)
+        done = subprocess.run([SHELLCHECK, "--exclude=SC1091", f"{number}.sh"], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
 
 
