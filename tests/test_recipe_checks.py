@@ -173,16 +173,6 @@ CASES = {
         "precision.params=bf16",
         ["precision.params=bf16"],
     ),
-    "pairs of 1f1b": (
-        [
-            "parallel={world_size: 4, expert: 2, pipeline: 2}",
-            "pipeline={overlap_pairs: true}",
-            "precision.params=bf16",
-        ],
-        "pipeline.overlap_pairs",
-        "schedule 1f1b pairs nothing",
-        ["pipeline.schedule=dualpipe"],
-    ),
     "overlapped reduction in dualpipe": (
         [*DUALPIPE, "parallel.overlap_grad_reduce=true"],
         "parallel.overlap_grad_reduce",

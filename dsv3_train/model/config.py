@@ -102,7 +102,7 @@ def megatron_config(recipe: Recipe, device: str, *, inference: bool = False) -> 
         gradient_accumulation_fusion=on_gpu and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
     )
     # Set afterwards: Megatron allows both for its own interleaved schedule only (transformer_config.py:1857, 1909).
-    config.overlap_moe_expert_parallel_comm = recipe.pipeline.overlap_pairs
+    config.overlap_moe_expert_parallel_comm = recipe.overlaps_pairs
     config.delay_wgrad_compute = on_gpu and deferring(recipe)
     return config
 

@@ -46,11 +46,9 @@ def _order(recipe: Recipe) -> Faults:
 def _pairs(recipe: Recipe) -> Faults:
     """What Megatron-core's schedule plan, which runs overlapped pairs, cannot do."""
     pipeline, parallel = recipe.pipeline, recipe.parallel
-    if not pipeline.overlap_pairs:
+    if not recipe.overlaps_pairs:
         return
     key = "pipeline.overlap_pairs"
-    if pipeline.schedule not in ("dualpipe", "dualpipev"):
-        yield key, f"schedule {pipeline.schedule} pairs nothing; set it to false, or pipeline.schedule=dualpipe"
     if parallel.expert == 1:
         yield key, "without expert parallelism there is nothing to hide; set it to false, or parallel.expert=2 or more"
     if recipe.precision.params != "bf16":

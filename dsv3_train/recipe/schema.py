@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
-from dsv3_train.recipe.chunks import stage_count
+from dsv3_train.recipe.chunks import PAIRING, stage_count
 from dsv3_train.recipe.quantity import Extent
 
 
@@ -118,7 +118,8 @@ class Pipeline(Section):
     """Compute weight gradients where the schedule says W; false: with the gradients of inputs, as 1f1b does."""
     overlap_pairs: bool = False
     """Run the forward and backward passes that the schedule pairs (dualpipe, dualpipev) on two streams, so that the
-    dispatch and combine of each hide behind the other's computation (needs BF16 and expert parallelism)."""
+    dispatch and combine of each hide behind the other's computation (needs BF16 and expert parallelism). Other
+    schedules have no pairs."""
     check_messages: bool = False
     """Debugging: send each tensor's place in the schedule before it, and stop on the first that does not match."""
     communication_sms: int = Field(default=20, ge=0)
@@ -331,6 +332,11 @@ class Recipe(Section):
     faults: Faults = Faults()
     logging: Logging = Logging()
     runtime: Runtime = Runtime()
+
+    @property
+    def overlaps_pairs(self) -> bool:
+        """Whether forward and backward passes overlap: the schedule pairs them, and the recipe wants it."""
+        return self.pipeline.overlap_pairs and self.pipeline.schedule in PAIRING
 
     @property
     def stage_count(self) -> int:

@@ -21,7 +21,7 @@ def gpu_environment(recipe: Recipe | None) -> dict[str, str]:
         "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     }
-    if recipe is not None and recipe.pipeline.overlap_pairs:
+    if recipe is not None and recipe.overlaps_pairs:
         # Kernels of two streams have to start beside each other, and leave each other room.
         chosen["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
         sms = recipe.pipeline.communication_sms

@@ -52,5 +52,5 @@ def _executor(recipe: Recipe, config: MLATransformerConfig, models: list[Stage])
         [model.place for model in models],
         messages,
         defer=pipeline.defer_weight_gradients,
-        overlap=pipeline.overlap_pairs,
+        overlap=recipe.overlaps_pairs,
     )
