@@ -555,3 +555,15 @@ def test_compare_per_step(tmp_path):
         dsv3("compare", tmp_path / "a.json", tmp_path / "b")
     with pytest.raises(UserError, match="cannot read"):
         dsv3("compare", Path("nowhere"), tmp_path / "b")
+
+
+def test_marks_of_many_stretches_keep_their_sum_and_reach_to_the_end(tmp_path):
+    from dsv3_train.profiling.boxes import marks
+    from dsv3_train.profiling.trace import read
+    from dsv3_train.profiling.work import works
+
+    (work,) = works([read(write(tmp_path / "t.json", [kernel(SEND, n * 10, 4) for n in range(9000)]))], table())
+    drawn = marks(work, work.exposed, most=500)
+    assert len(drawn["start"]) <= 500
+    assert sum(drawn["busy"]) == work.exposed.total == 9000 * 4000
+    assert drawn["start"][-1] + drawn["length"][-1] == work.last - work.first

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv3_train.profiling.intervals import Intervals, union
 from dsv3_train.profiling.work import Work
 
 MOST = 60_000
@@ -43,28 +44,46 @@ def boxes(work: Work, most: int = MOST) -> dict[str, Any]:
     }
 
 
+def marks(work: Work, times: Intervals, most: int = 4000) -> dict[str, list[int]]:
+    """A set of times as boxes: starts and lengths (ns from the rank's first kernel), and how much of each is in it."""
+    start, end, resolution = times.starts - work.first, times.ends - work.first, 0
+    while True:
+        first, ends, busy = _merged(start, end, np.zeros(len(start)), resolution)
+        if len(first) <= most:
+            return {"start": start[first].tolist(), "length": (ends - start[first]).tolist(), "busy": busy.tolist()}
+        resolution = max(100, resolution * 2)
+
+
 def _of_stream(work: Work, stream: int, resolution: int) -> dict[str, np.ndarray]:
     mine = np.flatnonzero(work.stream == stream)
-    start, end, comm = work.start[mine] - work.first, work.end[mine] - work.first, work.is_comm[mine]
-    length = end - start
-    if resolution:
-        bins = start // (resolution * _BINS)
-        joins = (length[1:] <= resolution) & (length[:-1] <= resolution) & (comm[1:] == comm[:-1])
-        joins &= (start[1:] - end[:-1] <= resolution) & (bins[1:] == bins[:-1])
-        first = np.flatnonzero(np.concatenate([[True], ~joins]))
-    else:
-        first = np.arange(len(mine))
+    start, end = work.start[mine] - work.first, work.end[mine] - work.first
+    first, ends, busy = _merged(start, end, work.is_comm[mine], resolution)
     counts = np.diff(np.append(first, len(mine)))
-    ends = np.maximum.reduceat(end, first)
-    alone = counts == 1
     return {
         "start": start[first],
         "length": ends - start[first],
         "cls": work.cls[mine][first],
-        "name": np.where(alone, work.name[mine][first], _MERGED_NAMES),
+        "name": np.where(counts == 1, work.name[mine][first], _MERGED_NAMES),
         "count": counts,
-        "busy": np.add.reduceat(length, first),
+        "busy": busy,
     }
+
+
+def _merged(
+    start: np.ndarray, end: np.ndarray, kind: np.ndarray, resolution: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ordered intervals [n], those below the resolution joined with neighbours of the same kind: the first of each
+    group, where the group ends, and the sum of its lengths."""
+    length = end - start
+    first = np.arange(len(start))
+    if resolution:
+        bins = start // (resolution * _BINS)
+        joins = (length[1:] <= resolution) & (length[:-1] <= resolution) & (kind[1:] == kind[:-1])
+        joins &= (start[1:] - end[:-1] <= resolution) & (bins[1:] == bins[:-1])
+        first = np.flatnonzero(np.concatenate([[True], ~joins]))
+    if not len(first):
+        return first, end, length
+    return first, np.maximum.reduceat(end, first), np.add.reduceat(length, first)
 
 
 def _short(name: str) -> str:
@@ -74,12 +93,10 @@ def _short(name: str) -> str:
 
 def coverage(work: Work, chosen: np.ndarray, columns: int) -> np.ndarray:
     """Part of each of `columns` equal stretches of the span that the chosen kernels [n, bool] cover: [columns]."""
-    from dsv3_train.profiling.intervals import union
-
     return part_of(work, union(work.start[chosen], work.end[chosen]), columns)
 
 
-def part_of(work: Work, times, columns: int) -> np.ndarray:
+def part_of(work: Work, times: Intervals, columns: int) -> np.ndarray:
     """Part of each of `columns` equal stretches of the span that lies in a set of times: [columns]."""
     edges = np.linspace(work.first, work.last, columns + 1).astype(np.int64)
     covered = np.diff(times.before(edges))

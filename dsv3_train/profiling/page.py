@@ -7,11 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from dsv3_train.profiling.boxes import MOST, boxes
+from dsv3_train.profiling.boxes import MOST, boxes, marks
 from dsv3_train.profiling.colours import EXPOSED, HIDDEN, HOST, IDLE, PLAIN_COMPUTE, colours
-from dsv3_train.profiling.intervals import Intervals
 from dsv3_train.profiling.page_script import SCRIPT
 from dsv3_train.profiling.work import Work
 
@@ -41,8 +38,6 @@ th { font-weight: 500; color: #57606a; white-space: nowrap; }
 td.text, th.text { text-align: left; overflow-wrap: anywhere; }
 td button { all: unset; color: #0969da; cursor: pointer; } td button:hover { text-decoration: underline; }
 """
-_MOST_MARKS = 4000
-"""Exposed stretches and gaps that are drawn one by one; of more, the longest."""
 
 
 def page(works: list[Work], figures: dict[str, Any], more: str = "") -> str:
@@ -52,7 +47,7 @@ def page(works: list[Work], figures: dict[str, Any], more: str = "") -> str:
     data = [_data(work, rank, each) for work, rank in zip(works, ranks, strict=True)]
     # In a script element, `<` could end it.
     embedded = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    title = escape(Path(ranks[0]["file"]).name) + (f" and {len(ranks) - 1} more ranks" if len(ranks) > 1 else "")
+    title = escape(Path(ranks[0]["file"]).name) + (f" and {len(ranks) - 1} more" if len(ranks) > 1 else "")
     chooser = ""
     if len(ranks) > 1:
         options = "".join(f'<option value="{i}">rank {rank["rank"]}</option>' for i, rank in enumerate(ranks))
@@ -92,17 +87,11 @@ def _data(work: Work, figures: dict[str, Any], most: int) -> dict[str, Any]:
         "classes": [{"name": name, "kind": kind} for name, kind in work.classes],
         "colours": colours(work.classes, order),
         "marks": [
-            {"name": "exposed", "colour": EXPOSED, **_marks(work, work.exposed)},
-            {"name": "idle", "colour": HOST, **_marks(work, work.idle)},
+            {"name": "exposed", "colour": EXPOSED, **marks(work, work.exposed)},
+            {"name": "idle", "colour": HOST, **marks(work, work.idle)},
         ],
         **boxes(work, most),
     }
-
-
-def _marks(work: Work, times: Intervals) -> dict[str, list[int]]:
-    lengths = times.ends - times.starts
-    kept = np.sort(np.argsort(-lengths, kind="stable")[:_MOST_MARKS])
-    return {"start": (times.starts[kept] - work.first).tolist(), "length": lengths[kept].tolist()}
 
 
 def _findings(figures: dict[str, Any]) -> str:

@@ -49,8 +49,8 @@ function draw() {
       if (w < 1 && pixel === lastX && colour === lastColour) continue;
       lastX = pixel; lastColour = colour;
       g.fillStyle = colour;
-      if (row.stream && source.count[i] > 1) {
-        // As full as it is busy; the rest shows that it is several kernels.
+      if (row.mark ? source.busy[i] < source.length[i] : source.count[i] > 1) {
+        // As full as it is busy; the rest shows that it is several.
         const part = Math.min(1, source.busy[i] / Math.max(1, source.length[i])), h = row.height * part;
         g.fillRect(left, row.y + row.height - h, w, h);
       } else {
@@ -115,7 +115,7 @@ canvas.addEventListener("mousemove", event => {
     if (source.start[i] + source.length[i] >= t - slack) hit = i;
   if (hit < 0) return;
   const lines = [`${told(source.length[hit])}, from ${told(source.start[hit])}`];
-  if (row.mark) lines.unshift(row.name);
+  if (row.mark) lines.unshift(`${row.name} for ${told(source.busy[hit])}`);
   else if (source.count[hit] > 1)
     lines.unshift(`${source.count[hit]} kernels, busy ${told(source.busy[hit])}, ${rank.classes[source.cls[hit]].kind}`,
                   `drawn as one: none is longer than ${told(rank.merged_below_ns)}`);

@@ -244,11 +244,12 @@ class _Reader:
             self.thread_names[_thread(event)] = str(name)
 
     def _take_foreign(self) -> None:
-        """Other tools' traces (XLA's, TensorFlow's): processes called after a GPU, whose threads are its streams."""
+        """Other tools' traces (XLA's, TensorFlow's): processes called after a GPU, whose threads are its streams; and
+        those of PyTorch before Kineto, whose kernels are in a process `CUDA functions`."""
         devices = {pid: name for pid, name in self.process_names.items() if "gpu" in name.lower()}
         for pid, tid, start, end, text in self.foreign:
-            thread = self.thread_names.get((pid, tid), "")
-            if pid in devices and "stream" in thread.lower():
+            thread = self.thread_names.get((pid, tid), str(tid))
+            if pid == "CUDA functions" or (pid in devices and "stream" in thread.lower()):
                 which = 2 if "memset" in text.lower() else 1 if text.lower().startswith("memcpy") else 0
                 name = self.names.of(text)
                 self.kernels.add(start, end, name, self.streams.of(thread), which, _integer(pid), -1, -1, self.none)
