@@ -128,7 +128,8 @@ OPERATORS = (
     ),
     _compute("attention", r"scaled_dot_product|flash_attention|efficient_attention"),
     _compute(
-        "GEMM", r"::(mm|addmm|bmm|baddbmm|matmul|linear|_scaled_mm|_grouped_mm|mv|addmv|dot|einsum|mkldnn_linear)$"
+        "GEMM",
+        r"::(mm|addmm|bmm|baddbmm|matmul|linear|_scaled_mm|_grouped_mm|mv|addmv|dot|einsum|mkldnn_linear)$|linear",
     ),
     _compute("convolution", r"conv"),
     _compute("norm", r"norm"),
