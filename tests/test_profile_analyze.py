@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -567,3 +569,15 @@ def test_marks_of_many_stretches_keep_their_sum_and_reach_to_the_end(tmp_path):
     assert len(drawn["start"]) <= 500
     assert sum(drawn["busy"]) == work.exposed.total == 9000 * 4000
     assert drawn["start"][-1] + drawn["length"][-1] == work.last - work.first
+
+
+@pytest.mark.parametrize("command", ["analyze", "compare"])
+def test_the_example_of_the_help_runs(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    with gzip.open("trace.json.gz", "wt") as file:
+        json.dump([kernel(GEMM, 0, 10)], file)
+    for folder in ("before", "after"):
+        dsv3("analyze", "trace.json.gz", "--out", folder)
+    example = re.search(r"Example: dsv3 profile (.*)$", dsv3(command, "--help"), re.MULTILINE)
+    assert example
+    assert dsv3(*shlex.split(example[1].strip(" │")))
