@@ -72,6 +72,22 @@ def test_not_started_again(tmp_path, error):
     assert [path.name for path in tmp_path.iterdir()] == ["0"]
 
 
+def test_a_rank_that_fails_in_its_last_words_leaves_the_launcher_alone(tmp_path):
+    """A forked rank never runs the launcher's own cleaning up, which once deleted what that still needed."""
+
+    class Raises:
+        def __getattr__(self, name):
+            raise RuntimeError("a handler of a signal, say")
+
+    def work() -> None:
+        (tmp_path / os.environ[ATTEMPT]).touch()
+        if os.environ[ATTEMPT] == "0":
+            sys.stdout = Raises()  # flushed at the end
+
+    launch(work, 2, "cpu", restarts(tmp_path, 1))
+    assert (tmp_path / "1").exists()
+
+
 def test_no_process_is_left(tmp_path):
     """A killed rank's own children (writers, data workers) end with it."""
 
@@ -225,3 +241,16 @@ def test_checksums(tmp_path):
     assert checksums.fault(tmp_path) == "b: missing"
     (tmp_path / checksums.NAME).write_text(json.dumps({"sha256": [1]}))
     assert checksums.fault(tmp_path).startswith("manifest.json: not a manifest")
+
+
+def test_why_saves_do_not_go_through_megatron():
+    """What checkpoint/save.py is there to avoid; where this fails, Megatron's own way may do."""
+    import inspect
+
+    from megatron.core.dist_checkpointing.strategies import filesystem_async, state_dict_saver
+
+    assert "Manager()" in inspect.getsource(filesystem_async._get_write_results_queue)
+    finalize = inspect.getsource(state_dict_saver.save_state_dict_async_finalize)
+    written, told = finalize.index("storage_writer.finish"), finalize.index("distributed.broadcast(")
+    assert written < told  # rank 0 fails to write the table of contents ...
+    assert "try:" not in finalize  # ... and the others wait for its word for ever

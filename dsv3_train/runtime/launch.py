@@ -217,9 +217,15 @@ def _fork(work: Callable[[], None], world_size: int) -> list[int]:
     for rank in range(world_size):
         pid = os.fork()
         if pid == 0:
-            die_with_parent(parent)
-            os.environ.update(_rank_environment(rank, world_size, port))
-            os._exit(_run_child(work, rank))
+            code = 1
+            try:
+                die_with_parent(parent)
+                os.environ.update(_rank_environment(rank, world_size, port))
+                code = _run_child(work, rank)
+            except BaseException:  # a signal's handler may raise anywhere (torch's, when a data worker dies)
+                traceback.print_exc()
+            finally:
+                os._exit(code)  # never back into the launcher's code, which would clean up after itself
         children.append(pid)
     return children
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from pathlib import Path
 
 from dsv3_train.checkpoint.directory import complete
@@ -131,7 +132,9 @@ def _train_on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) 
         run.train()
     finally:
         watchdog.stop()
-        # Data workers ignore TERM, by which they would be ended at exit should one not answer.
+        # Data workers ignore TERM, by which they would be ended at exit should one not answer; torch's handler
+        # raises, wherever this process then is, when one dies.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for child in multiprocessing.active_children():
             child.kill()
     distributed.stop()
