@@ -281,6 +281,26 @@ def test_steps_and_named_ranges_follow_the_launches(of):
     assert (dispatch["comm_ms"], dispatch["exposed_comm_ms"]) == (pytest.approx(0.9), pytest.approx(0.6))
 
 
+def test_steps_and_ranges_that_only_the_gpu_tells_of(of):
+    events = []
+    for step in range(2):
+        at = step * 1000
+        events += [
+            event("gpu_user_annotation", f"ProfilerStep#{step}", at, 900, 7, 0),
+            event("gpu_user_annotation", "combine", at + 500, 300, 20, 0),
+            launch(10 * step + 1, at - 5000),
+            kernel(GEMM, at, 600, correlation=10 * step + 1),
+            launch(10 * step + 2, at - 4000),
+            kernel(SEND, at + 500, 300, 20, correlation=10 * step + 2),
+        ]
+    report = of(events)
+    assert [(row["step"], row["span_ms"], row["exposed_comm_ms"]) for row in report["steps"]] == [
+        (0, 1, 0.2),
+        (1, 0.8, 0.2),
+    ]
+    assert [(row["name"], row["kernels"], row["comm_ms"]) for row in report["ranges"]] == [("combine", 2, 0.6)]
+
+
 def test_gemm_tflops_where_shapes_are_known(of):
     m, n, k = 4096, 2048, 7168
     events = [

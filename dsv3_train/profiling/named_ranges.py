@@ -1,5 +1,5 @@
-"""Names in a trace for what a training step is made of, while a profiler runs: attention, dispatch, experts, combine,
-p2p, grad reduce (and F, B, I, W of each stage and micro-batch from pipeline/timeline.py). Nothing stays afterwards.
+"""Names in a trace for what a training step is made of, while a profiler runs: layers, attention, dispatch, experts,
+combine, p2p, grad reduce. (F, B, I, W of each stage and micro-batch come from pipeline/timeline.py.) Nothing stays.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import Router
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 _CUDA = torch.cuda.is_available()
 
@@ -63,7 +64,9 @@ def named_ranges(trainer: Any) -> Iterator[None]:
 
 
 def _name_parts(module: torch.nn.Module, until: ExitStack) -> None:
-    if isinstance(module, Attention):
+    if isinstance(module, TransformerLayer):
+        _name_module(module, f"layer {module.layer_number}", until)
+    elif isinstance(module, Attention):
         _name_module(module, "attention", until)
     elif isinstance(module, Router):
         _name_module(module, "route", until)
@@ -84,11 +87,11 @@ def _name_module(module: torch.nn.Module, name: str, until: ExitStack) -> None:
     def begin(_: Any, inputs: tuple) -> None:
         open_ranges.append(_Range(f"{name} forward"))
 
-    def end(_: Any, inputs: tuple, outputs: Any) -> None:
+    def end(_: Any, inputs: tuple, named_inputs: dict, outputs: Any) -> None:
         open_ranges.pop().end()
-        _name_backward(name, inputs, outputs)
+        _name_backward(name, (*inputs, *named_inputs.values()), outputs)
 
-    for handle in (module.register_forward_pre_hook(begin), module.register_forward_hook(end)):
+    for handle in (module.register_forward_pre_hook(begin), module.register_forward_hook(end, with_kwargs=True)):
         until.callback(handle.remove)
 
 
@@ -130,6 +133,6 @@ def _name_backward(name: str, inputs: Any, outputs: Any) -> None:
 
 def _first_with_gradient(tensors: Any) -> torch.Tensor | None:
     for tensor in tensors if isinstance(tensors, (tuple, list)) else [tensors]:
-        if isinstance(tensor, torch.Tensor) and tensor.requires_grad and tensor.grad_fn is not None:
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
             return tensor
     return None

@@ -33,7 +33,7 @@ def window(work: Work, start: int, end: int) -> dict[str, float | None]:
 
 def steps(work: Work) -> list[dict[str, Any]]:
     """Each ProfilerStep#N from the start of its first kernel to that of the next one's, by when they were launched."""
-    columns, launched = work.trace.steps, work.launched()
+    columns, launched = work.trace.steps, work.start if work.trace.of_gpu[1] else work.launched()
     order = np.argsort(launched, kind="stable")
     times = launched[order]
     begins: list[tuple[int, int, int]] = []
@@ -55,7 +55,7 @@ def ranges(work: Work) -> tuple[list[dict[str, Any]], int]:
     """Kernels launched within each named range, by name, whatever thread launched them; and how many names were left
     out. Ranges may lie within each other, so that they do not sum to anything. `exposed_comm_ms` is their part of the
     rank's exposed communication."""
-    columns, launched = work.trace.ranges, work.launched()
+    columns, launched = work.trace.ranges, work.start if work.trace.of_gpu[0] else work.launched()
     if not len(columns["start"]):
         return [], 0
     order = np.argsort(launched, kind="stable")

@@ -78,6 +78,8 @@ class Trace:
     """Named by the user on the host: start, end, name, thread."""
     steps: dict[str, np.ndarray]
     """ProfilerStep#N: start, end, number."""
+    of_gpu: tuple[bool, bool]
+    """Whether ranges and steps are times of the GPU, as where the host's are not in the trace."""
     shapes: list[tuple[Any, Any]]
     """(Input Dims, Input type) of operators that multiply matrices."""
     notes: list[str] = field(default_factory=list)
@@ -148,6 +150,7 @@ class _Reader:
             operators=self.operators.table(),
             ranges=ranges.table(),
             steps=steps.table(),
+            of_gpu=(ranges is self.gpu_ranges, steps is self.gpu_steps),
             shapes=self.shape_values,
             notes=self._notes(),
         )
