@@ -254,6 +254,15 @@ def test_gaps_in_which_the_gpu_waits_for_launches(of):
     assert idle["gaps"][2]["host_bound_ms"] is None
 
 
+def test_a_copys_call_that_waits_for_the_stream_is_not_the_hosts_fault(of):
+    def after(begins):
+        copy = event("gpu_memcpy", "Memcpy HtoD (Pageable -> Device)", 500, 100, 7, device=0, stream=7, correlation=1)
+        return of([kernel(GEMM, 0, 100), copy, launch(1, begins, 700 - begins, "cudaMemcpyAsync")])["idle"]
+
+    assert after(50)["host_bound_ms"] == 0.0  # began while the GPU was busy
+    assert after(300)["host_bound_ms"] == 0.4
+
+
 def test_steps_and_named_ranges_follow_the_launches(of):
     events = []
     for step in range(3):
@@ -470,6 +479,17 @@ def test_a_trace_that_is_cut_off_is_refused(tmp_path, kept, zipped):
     path.write_bytes(whole[: int(len(whole) * kept)])
     with pytest.raises(UserError, match=r"t\.json.*: the trace is cut off after [\d,]+ events"):
         analyze(path)
+
+
+def test_only_a_bare_array_may_lack_its_end(tmp_path):
+    events = ",".join(json.dumps(kernel(GEMM, n, 1)) for n in range(3))
+    (tmp_path / "array.json").write_text(f"[{events},\n")
+    report = analyze(tmp_path / "array.json")
+    assert report["kernels"] == 3
+    assert "may have been cut off between two events" in report["notes"][0]
+    (tmp_path / "object.json").write_text(f'{{"traceEvents": [{events},\n')
+    with pytest.raises(UserError, match="cut off after 3 events"):
+        analyze(tmp_path / "object.json")
 
 
 def test_a_damaged_gzip_stream_is_told(tmp_path):
