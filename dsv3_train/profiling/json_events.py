@@ -81,20 +81,20 @@ class Events:
             if text.next(_BLANK) == "[" and key == "traceEvents":
                 found = True
                 text.at += 1
-                yield from self._array(text, within_object=True)
+                yield from self._array(text)
             else:
                 self.header[key] = self._value(text)
         if not found:
             keys = ", ".join(list(self.header)[:5]) or "none"
             raise UserError(f"{self.path}: no trace: its object has no list `traceEvents` (keys: {keys})")
 
-    def _array(self, text: _Text, within_object: bool = False) -> Iterator[dict]:
+    def _array(self, text: _Text) -> Iterator[dict]:
         while True:
             mark = text.next(_BETWEEN)
             if mark == "]":
                 text.at += 1
                 return
-            if mark == "" and not within_object and self.count:
+            if mark == "" and self.count:  # within an object, its own end is missed next
                 self.unclosed = True
                 return
             event = self._value(text)
