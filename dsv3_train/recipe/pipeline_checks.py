@@ -45,7 +45,7 @@ def _order(recipe: Recipe) -> Faults:
 
 def _pairs(recipe: Recipe) -> Faults:
     """What Megatron-core's schedule plan, which runs overlapped pairs, cannot do."""
-    pipeline, parallel = recipe.pipeline, recipe.parallel
+    parallel = recipe.parallel
     if not recipe.overlaps_pairs:
         return
     key = "pipeline.overlap_pairs"

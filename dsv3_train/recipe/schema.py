@@ -276,7 +276,7 @@ class Faults(Section):
     stop_lead_seconds: PositiveInt = 300
     """SLURM sends TERM this long before the time is over: more than a step and a checkpoint."""
     max_unusable: PositiveInt = 10
-    """Global batches in a row that are passed over for a loss or gradient that is NaN or infinite; then the run ends."""
+    """Global batches in a row that are passed over for a NaN or infinite loss or gradient; then the run ends."""
     spike: Union[float, None] = Field(default=None, gt=0)
     """A loss so many robust standard deviations (1.4826 x the median distance from the median) above the median of
     the last `spike_window` steps is a spike: back to the checkpoint before it, and past its samples. null: never."""

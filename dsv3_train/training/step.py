@@ -112,7 +112,7 @@ def _run(trainer: Trainer, batches: list[Batch] | None, count: int, forward_only
 
 
 def _of_direction(trainer: Trainer, place: Place, batches: list[Batch] | None) -> Iterator[Batch] | None:
-    """The micro-batches that go through a chunk: dualpipe's first half enters at the first rank, the other at the last."""
+    """The micro-batches that go through a chunk: of dualpipe half enter at the first rank, the others at the last."""
     if batches is None:
         return None
     if trainer.recipe.pipeline.schedule != "dualpipe":
