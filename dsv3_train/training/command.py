@@ -11,10 +11,13 @@ from dsv3_train.checkpoint.directory import complete
 from dsv3_train.data import datasets
 from dsv3_train.data.prepare import prepare
 from dsv3_train.errors import UserError
+from dsv3_train.planner.states import state_bytes
 from dsv3_train.recipe.load import dump, load
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import deterministic, distributed, heartbeat, preflight_run
+from dsv3_train.runtime.environment import probe
 from dsv3_train.runtime.exits import PREEMPTED
+from dsv3_train.runtime.lacks import lacks
 from dsv3_train.runtime.launch import ATTEMPT, Restarts, joined_world, launch
 from dsv3_train.runtime.rendezvous import Absent
 from dsv3_train.runtime.signals import StopRequest
@@ -36,6 +39,7 @@ def run(ref: str, overrides: list[str]) -> None:
     startup.mark("interpreter, torch and recipe")
     joined = joined_world() is not None
     if not joined:  # before any process starts; under a launcher, the ranks see to it
+        _refuse_machine(recipe, device)
         _ready_data(recipe)
         startup.mark("data")
     if device == "cpu" or joined:
@@ -63,6 +67,23 @@ def refuse_unready(recipe: Recipe) -> None:
         raise UserError("parallel.context: context parallelism cannot run yet; set parallel.context=1")
     if recipe.model.scoring_func != "sigmoid":
         raise UserError("model.scoring_func: softmax cannot train yet; set model.scoring_func=sigmoid for a new model")
+
+
+def _refuse_machine(recipe: Recipe, device: str) -> None:
+    """Refuse to start here what this machine cannot hold or compute: thousands of processes, to begin with."""
+    world = recipe.parallel.world_size
+    if device == "cuda":
+        import torch
+
+        if world > torch.cuda.device_count():
+            raise UserError(
+                f"parallel.world_size: {world} GPUs, and {torch.cuda.device_count()} here; use fewer processes, or "
+                "start it with srun (dsv3 slurm submit) or torchrun on the machines that have them"
+            )
+    elif world > 1 or recipe.precision.fp8 != "none":
+        errors = [text for severity, text in lacks(recipe, probe(), state_bytes(recipe)) if severity == "error"]
+        if errors:
+            raise UserError("\n".join(errors))
 
 
 def _ready_data(recipe: Recipe) -> None:
