@@ -51,12 +51,12 @@ def recipe(schedule: str | None, shape: str = "pp4", micro_batches: int = 4, **c
     return tiny(**raw)
 
 
-# Half of the combinations are slow ones, so that each pair of settings is among the others.
+# The settings that most runs have; the other combinations with `make test-all`.
 @pytest.mark.parametrize(
     ("zero1", "defer"),
     [
         pytest.param(True, True, id="zero1-deferred"),
-        pytest.param(False, False, id="whole"),
+        pytest.param(False, False, id="whole", marks=pytest.mark.slow),
         pytest.param(False, True, id="deferred", marks=pytest.mark.slow),
         pytest.param(True, False, id="zero1-whole", marks=pytest.mark.slow),
     ],
@@ -65,7 +65,7 @@ def recipe(schedule: str | None, shape: str = "pp4", micro_batches: int = 4, **c
 @pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev", "zbv", "zb1p"])
 def test_schedule(run, schedule, shape, zero1, defer):
     counts = MICRO_BATCHES[SHAPES[shape]["pipeline"]]
-    count = counts[(zero1 + 2 * defer) % 3]
+    count = counts[(zero1 + 2 * defer + list(SHAPES).index(shape)) % 3]
     changes = {"parallel": {"zero1": zero1}, "pipeline": {"defer_weight_gradients": defer, "check_messages": zero1}}
     got = run(recipe(schedule, shape, count, **changes), steps=STEPS)
     assert_same(got, run(recipe(None, shape, count), steps=STEPS))
@@ -78,7 +78,11 @@ def test_a_single_micro_batch(run, schedule):
 
 
 @pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
-@pytest.mark.parametrize("modules", [["layernorm", "mla_up_proj", "moe_act"], ["full"]], ids=["parts", "full"])
+@pytest.mark.parametrize(
+    "modules",
+    [["layernorm", "mla_up_proj", "moe_act"], pytest.param(["full"], marks=pytest.mark.slow)],
+    ids=["parts", "full"],
+)
 def test_recompute(run, schedule, modules):
     got = run(recipe(schedule, "pp2_ep2", 4, training={"seed": 2, "recompute": modules}), steps=2)
     assert_same(got, run(recipe(None, "pp2_ep2", 4), steps=2))
@@ -108,7 +112,7 @@ def test_sequences_of_differing_length(run, schedule):
     assert_same(run(recipe(schedule, micro_batches=6), **options), run(recipe(None, micro_batches=6), **options))
 
 
-@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
+@pytest.mark.parametrize("schedule", ["dualpipe", pytest.param("dualpipev", marks=pytest.mark.slow)])
 def test_overlapped_pairs(run, schedule):
     """BF16, through Megatron-core's schedule plan: the same bits as one pass after the other.
 

@@ -98,7 +98,7 @@ def tensors(run_dir: Path, step: int) -> dict:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")
-@pytest.mark.parametrize("zero1", [False, True], ids=["", "zero1"])
+@pytest.mark.parametrize("zero1", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "zero1"])
 def test_same_layout_bit_for_bit(data, tmp_path, zero1):
     """Losses, norms, expert loads of every step and every tensor of the last checkpoint."""
     parallel = {"zero1": zero1}
@@ -123,7 +123,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(("begun", "resumed"), [("ep2", "pp2"), ("pp2", "ep2"), ("pp2_ep2", "ep2")])
+@pytest.mark.parametrize(
+    ("begun", "resumed"), [("ep2", "pp2"), pytest.param("pp2", "ep2", marks=pytest.mark.slow), ("pp2_ep2", "ep2")]
+)
 def test_another_layout(data, tmp_path, begun, resumed):
     """From one EP and PP to another under ZeRO-1, in mid ramp: the same loss at every step within 1e-5."""
 
