@@ -234,11 +234,39 @@ def _recompute(recipe: Recipe) -> Faults:
         yield "training.recompute", "full includes all others; set training.recompute=[full], or name parts only"
 
 
+def _precision(recipe: Recipe) -> Faults:
+    precision, parts = recipe.precision, recipe.training.recompute
+    if precision.fp8 == "emulated":
+        if recipe.runtime.device != "cpu":
+            yield "precision.fp8", "emulated runs on a CPU; set runtime.device=cpu, or precision.fp8=blockwise"
+        if precision.params != "fp32":
+            yield "precision.params", "precision.fp8=emulated rounds FP32 itself; set precision.params=fp32"
+    elif precision.fp8 != "none" and precision.params != "bf16":
+        yield "precision.params", f"precision.fp8={precision.fp8} needs BF16 beside it; set precision.params=bf16"
+    if precision.fp8_params and not (precision.fp8 == "blockwise" and recipe.parallel.zero1):
+        yield "precision.fp8_params", "needs precision.fp8=blockwise and parallel.zero1=true; set both, or false"
+    if precision.fp8_dispatch and recipe.parallel.dispatcher != "alltoall":
+        yield "precision.fp8_dispatch", "needs parallel.dispatcher=alltoall; set that, or precision.fp8_dispatch=false"
+    if precision.swiglu_input != "full" and "moe_act" not in parts:
+        yield (
+            "precision.swiglu_input",
+            "needs moe_act in training.recompute; add it, or set precision.swiglu_input=full",
+        )
+    if precision.attention_output != "full" and {"core_attn", "full"} & set(parts):
+        yield (
+            "precision.attention_output",
+            "training.recompute computes attention again and keeps no output; set precision.attention_output=full",
+        )
+
+
 def _cpu(recipe: Recipe) -> Faults:
     if recipe.runtime.device != "cpu":
         return
-    if recipe.precision.fp8 != "none":
-        yield "precision.fp8", f"{recipe.precision.fp8} needs a GPU; set precision.fp8=none, or runtime.device=cuda"
+    if recipe.precision.fp8 not in ("none", "emulated"):
+        yield (
+            "precision.fp8",
+            f"{recipe.precision.fp8} needs a GPU; set precision.fp8=emulated or none, or runtime.device=cuda",
+        )
     if recipe.parallel.context > 1:
         yield "parallel.context", "context parallelism needs GPUs; set parallel.context=1, or runtime.device=cuda"
     if recipe.parallel.dispatcher == "deepep":
@@ -271,6 +299,7 @@ _CHECKS = (
     _optimizer,
     _data,
     _recompute,
+    _precision,
     _cpu,
     _faults,
 )

@@ -130,8 +130,25 @@ class Pipeline(Section):
 class Precision(Section):
     params: Literal["bf16", "fp32"] = "bf16"
     """Type of parameters and activations. Master weights and gradient accumulation are FP32 always."""
-    fp8: Literal["none", "blockwise"] = "none"
-    """`blockwise`: E4M3, activations in 1x128 tiles, weights in 128x128 blocks (report, section 3.3)."""
+    fp8: Literal["none", "blockwise", "current", "delayed", "mxfp8", "emulated"] = "none"
+    """How linear layers multiply. `blockwise`: E4M3, activations in 1x128 tiles, weights in 128x128 blocks (report,
+    section 3.3), by Transformer Engine. `emulated`: the same arithmetic in plain PyTorch on a CPU, slow, with `params:
+    fp32` rounded to BF16 where a GPU would. For comparison Transformer Engine's `current` (a scale per tensor), `delayed`
+    (the scale of steps before) and `mxfp8` (1x32 tiles; Blackwell and later). Embedding, output head, router, norms and
+    attention's core stay out of FP8."""
+    power_of_2_scales: bool = True
+    """Scales of `blockwise` and `emulated` are powers of 2; false: FP32."""
+    fp8_params: bool = False
+    """Keep weights in FP8 alone, beside the optimizer's FP32 masters (`blockwise` with zero1)."""
+    fp8_dispatch: bool = False
+    """Send tokens to experts, and in the backward pass their outputs' gradients, as E4M3 in 1x128 tiles with power-of-2
+    scales (report, section 3.3.3). What experts send back stays in BF16."""
+    swiglu_input: Literal["full", "fp8"] = "full"
+    """How SwiGLU's input in experts waits for the backward pass, which computes its output again (report, section
+    3.3.3): `fp8` is E4M3 in 1x128 tiles. Needs `moe_act` in training.recompute."""
+    attention_output: Literal["full", "e5m6"] = "full"
+    """How the input of the linear layer after attention waits for the backward pass: `e5m6` is 12 bits a value in 1x128
+    tiles with power-of-2 scales (report, section 3.3.3)."""
     adam_moments: Literal["bf16", "fp32"] = "bf16"
     """Type of Adam's first and second moment."""
 

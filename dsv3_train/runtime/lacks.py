@@ -78,7 +78,7 @@ def _gpu_memory(gpu: Gpu, needed_gib: float) -> Iterator[Lack]:
 
 def _on_cpu(recipe: Recipe, found: Probe, state_bytes: int) -> Iterator[Lack]:
     # Recipes that say `cpu` were checked for the first three when they were read.
-    if recipe.precision.fp8 != "none":
+    if recipe.precision.fp8 not in ("none", "emulated"):
         yield "error", f"precision.fp8: {recipe.precision.fp8} needs a GPU; set precision.fp8=none"
     if recipe.parallel.dispatcher == "deepep":
         yield "error", "parallel.dispatcher: deepep needs GPUs; set parallel.dispatcher=alltoall"
