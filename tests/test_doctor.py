@@ -55,13 +55,16 @@ def dsv3(monkeypatch):
     return doctor
 
 
+FP8 = "precision={fp8: blockwise, params: bf16}"
+
+
 @pytest.mark.parametrize(
     ("machine", "overrides", "gib"),
     [
         (GPU_NODE, ["runtime.device=cuda"], 60.0),
         (
             GPU_NODE,
-            ["precision={fp8: blockwise, params: bf16}", "parallel.dispatcher=deepep", "runtime.device=cuda"],
+            [FP8, "parallel.dispatcher=deepep", "runtime.device=cuda"],
             1.0,
         ),
         (without(GPU_NODE, "fp8-blockwise", "deepep", "apex", "grouped-gemm"), ["runtime.device=cuda"], 1.0),
@@ -79,7 +82,7 @@ def test_nothing_lacks(machine, overrides, gib):
     [
         (LAPTOP, ["runtime.device=cuda"], 1, "error", "no GPU that torch can use"),
         (LAPTOP, ["runtime.device=auto"], 1, "warning", "would use the CPU"),
-        (LAPTOP, ["runtime.device=auto", "precision={fp8: blockwise, params: bf16}"], 1, "error", "precision.fp8"),
+        (LAPTOP, ["runtime.device=auto", FP8], 1, "error", "precision.fp8"),
         (LAPTOP, ["runtime.device=auto", "parallel.dispatcher=deepep"], 1, "error", "parallel.dispatcher"),
         (LAPTOP, [], 9, "error", "9.0 GiB, and 8.0 are free"),
         (LAPTOP, ["parallel.world_size=8", "schedule.batch_size=32"], 0.1, "warning", "8 processes share 4 cores"),
@@ -87,7 +90,7 @@ def test_nothing_lacks(machine, overrides, gib):
         (without(GPU_NODE, "transformer-engine"), ["runtime.device=cuda"], 1, "error", "no transformer-engine"),
         (
             without(GPU_NODE, "fp8-blockwise"),
-            ["runtime.device=cuda", "precision={fp8: blockwise, params: bf16}"],
+            ["runtime.device=cuda", FP8],
             1,
             "error",
             "no fp8-blockwise",
@@ -128,7 +131,7 @@ def test_exit_codes_and_json(dsv3):
     for machine, arguments, code in (
         (LAPTOP, [], 0),  # what a machine lacks by itself is no fault
         (LAPTOP, ["smoke"], 0),
-        (LAPTOP, ["smoke", "precision={fp8: blockwise, params: bf16}", "runtime.device=auto"], 1),
+        (LAPTOP, ["smoke", FP8, "runtime.device=auto"], 1),
         (GPU_NODE, ["dsv3_671b_2048xh800"], 1),
         (without(GPU_NODE, "transformer-engine"), ["smoke", "runtime.device=auto"], 1),
     ):

@@ -250,7 +250,7 @@ def _precision(recipe: Recipe) -> Faults:
     if precision.swiglu_input != "full" and "moe_act" not in parts:
         yield (
             "precision.swiglu_input",
-            "needs moe_act in training.recompute; add it, or set precision.swiglu_input=full",
+            "needs moe_act in training.recompute; add it, or precision.swiglu_input=full",
         )
     if precision.attention_output != "full" and {"core_attn", "full"} & set(parts):
         yield (

@@ -132,10 +132,10 @@ class Precision(Section):
     """Type of parameters and activations. Master weights and gradient accumulation are FP32 always."""
     fp8: Literal["none", "blockwise", "current", "delayed", "mxfp8", "emulated"] = "none"
     """How linear layers multiply. `blockwise`: E4M3, activations in 1x128 tiles, weights in 128x128 blocks (report,
-    section 3.3), by Transformer Engine. `emulated`: the same arithmetic in plain PyTorch on a CPU, slow, with `params:
-    fp32` rounded to BF16 where a GPU would. For comparison Transformer Engine's `current` (a scale per tensor), `delayed`
-    (the scale of steps before) and `mxfp8` (1x32 tiles; Blackwell and later). Embedding, output head, router, norms and
-    attention's core stay out of FP8."""
+    section 3.3), by Transformer Engine. `emulated`: the same arithmetic in plain PyTorch on a CPU, slow, with
+    `params: fp32` rounded to BF16 where a GPU would. For comparison Transformer Engine's `current` (a scale per
+    tensor), `delayed` (the scale of steps before) and `mxfp8` (1x32 tiles; Blackwell and later). Embedding, output
+    head, router, norms and attention's core stay out of FP8."""
     power_of_2_scales: bool = True
     """Scales of `blockwise` and `emulated` are powers of 2; false: FP32."""
     fp8_params: bool = False
