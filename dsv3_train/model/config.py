@@ -153,10 +153,20 @@ def _pipeline(recipe: Recipe) -> dict:
     }
 
 
+_TENSORWISE = {"current": "tensorwise", "delayed": "delayed"}
+"""Megatron-core's names of scaling by tensor. Gradients are E5M2 there, as Transformer Engine's recipes have it."""
+
+
 def _fp8(recipe: Recipe) -> dict:
-    if recipe.precision.fp8 == "none":
+    kind = recipe.precision.fp8
+    if kind in ("none", "emulated"):
         return {}
-    return {"fp8": "e4m3", "fp8_recipe": "blockwise", "moe_router_padding_for_quantization": True}
+    return {
+        "fp8": "hybrid" if kind in _TENSORWISE else "e4m3",
+        "fp8_recipe": _TENSORWISE.get(kind, kind),
+        "fp8_param": recipe.precision.fp8_params,
+        "moe_router_padding_for_quantization": True,
+    }
 
 
 def _recompute(recipe: Recipe) -> dict:

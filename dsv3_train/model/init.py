@@ -35,15 +35,22 @@ def initialize(chunk: GPTModel, seed: int, std: float) -> None:
     filled = set()
     for entry in nested_values(chunk.sharded_state_dict(metadata=sharding_metadata())):
         if isinstance(entry, ShardedTensorFactory):  # SwiGLU's gate and up: one parameter, two pieces
-            entry.data.copy_(entry.merge_fn([_values(piece, seed, std) for piece in entry.build()]))
+            _fill(entry.data, entry.merge_fn([_values(piece, seed, std) for piece in entry.build()]))
         elif isinstance(entry, ShardedTensor):
-            entry.data.copy_(_values(entry, seed, std))
+            _fill(entry.data, _values(entry, seed, std))
         else:
             continue
         filled.add(entry.data.data_ptr())
     missing = [name for name, parameter in chunk.named_parameters() if parameter.data_ptr() not in filled]
     if missing:
         raise RuntimeError(f"no initial value for {missing}")
+
+
+def _fill(weight: torch.Tensor, values: torch.Tensor) -> None:
+    weight.copy_(values)
+    exact = getattr(weight, "_high_precision_init_val", None)
+    if exact is not None:  # an FP8 weight: what its FP32 master begins with
+        exact.copy_(values)
 
 
 def _values(piece: ShardedTensor, seed: int, std: float) -> torch.Tensor:

@@ -21,6 +21,7 @@ def wrap_chunks(recipe: Recipe, config: MLATransformerConfig, chunks: list[GPTMo
         use_distributed_optimizer=parallel.zero1,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_param_gather=recipe.precision.fp8_params,
         check_for_nan_in_grad=False,  # it ends the run; training/guard.py passes the batch over
         delay_wgrad_compute=config.delay_wgrad_compute,
     )
@@ -61,6 +62,7 @@ def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> Me
             bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=recipe.parallel.zero1,
+            fp8_recipe="blockwise" if recipe.precision.fp8_params else None,
             overlap_param_gather=recipe.parallel.overlap_param_gather,
             **options,
         ),

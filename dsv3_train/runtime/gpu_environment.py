@@ -21,6 +21,8 @@ def gpu_environment(recipe: Recipe | None) -> dict[str, str]:
         "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     }
+    if recipe is not None and not recipe.precision.power_of_2_scales:
+        chosen["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "1"  # Transformer Engine's only way to ask for them
     if recipe is not None and recipe.overlaps_pairs:
         # Kernels of two streams have to start beside each other, and leave each other room.
         chosen["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"

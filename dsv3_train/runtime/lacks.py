@@ -61,6 +61,8 @@ def _on_gpus(recipe: Recipe, found: Probe, state_bytes: int) -> Iterator[Lack]:
         yield "error", f"Transformer Engine, which every GPU run needs: {engine.note}"
     elif recipe.precision.fp8 == "blockwise" and not blockwise.works:
         yield "error", f"precision.fp8: blockwise cannot run here ({blockwise.note}); set precision.fp8=none"
+    elif recipe.precision.fp8 == "mxfp8" and any(float(gpu.capability) < 10 for gpu in found.gpus):
+        yield "error", "precision.fp8: mxfp8 needs Blackwell or newer; set precision.fp8=blockwise"
     if recipe.parallel.dispatcher == "deepep" and not found.parts["deepep"].works:
         yield "error", f"DeepEP: {found.parts['deepep'].note}; or set parallel.dispatcher=alltoall"
     yield from _gpu_memory(min(found.gpus, key=lambda gpu: gpu.free_gib), state_bytes / 2**30)

@@ -104,6 +104,14 @@ def test_bf16_recompute(tmp_path):
     torch.testing.assert_close(again["losses"], plain["losses"], rtol=2e-3, atol=0)
 
 
-def test_fp8_blockwise(on_cpu, tmp_path):
-    got = on_gpu(tmp_path, precision={"params": "bf16", "fp8": "blockwise"})
+@pytest.mark.parametrize("fp8", ["blockwise", "current", "delayed"])
+def test_fp8(on_cpu, tmp_path, fp8):
+    got = on_gpu(tmp_path, precision={"params": "bf16", "fp8": fp8})
+    torch.testing.assert_close(got["losses"], on_cpu["losses"], rtol=5e-2, atol=0)
+
+
+def test_fp8_weights(on_cpu, tmp_path):
+    """FP8 weights beside FP32 masters, through ZeRO-1's all-gather."""
+    precision = {"params": "bf16", "fp8": "blockwise", "fp8_params": True}
+    got = on_gpu(tmp_path, precision=precision, parallel={"zero1": True})
     torch.testing.assert_close(got["losses"], on_cpu["losses"], rtol=5e-2, atol=0)

@@ -1,0 +1,32 @@
+"""Layers of the published model, as few as one GPU holds."""
+
+from __future__ import annotations
+
+from dsv3_train.recipe.load import load
+from dsv3_train.recipe.schema import Recipe
+
+
+def published(layers: int, experts: int, gpus: int = 1, **precision: str) -> Recipe:
+    """`layers` MoE layers of `dsv3_671b_2048xh800` with `experts` experts over `gpus` expert-parallel GPUs.
+
+    Every option of precision and recomputation is off but those named.
+    """
+    off = {"fp8": "none", "fp8_dispatch": "false", "swiglu_input": "full", "attention_output": "full"}
+    return load(
+        "dsv3_671b_2048xh800",
+        [
+            f"parallel={{world_size: {gpus}, expert: {gpus}}}",
+            "pipeline={schedule: 1f1b}",
+            f"model.num_hidden_layers={layers}",
+            "model.first_k_dense_replace=0",
+            f"model.n_routed_experts={experts}",
+            *([] if experts >= 64 else ["model.n_group=1", "model.topk_group=1"]),
+            "model.vocab_size=8192",
+            "model.num_nextn_predict_layers=0",
+            "schedule.mtp_weight=0",
+            "training.recompute=[]",
+            "optim.ema_decay=null",
+            "data.train=[{path: unused}]",
+            *(f"precision.{key}={value}" for key, value in {**off, **precision}.items()),
+        ],
+    )
