@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from dsv3_train.model import routing
 from dsv3_train.model.stage import Place, Stage, places
+from dsv3_train.precision.emulated import BlockScaled
 from dsv3_train.recipe.chunks import MIRRORED
 from dsv3_train.recipe.schema import Recipe
 
@@ -61,6 +62,10 @@ def _build(recipe: Recipe, config: MLATransformerConfig, place: Place) -> Stage:
         place=place,
     )
     _set_latent_norms(chunk)
+    if recipe.precision.fp8 == "emulated":
+        from dsv3_train.model.local_layers import set_arithmetic
+
+        set_arithmetic(chunk, BlockScaled(recipe.precision.power_of_2_scales))
     for name, parameter in chunk.named_parameters():
         if ".experts." in name and ".shared_experts." not in name:
             # Megatron keeps experts with the other parameters when EP is 1, and in an optimizer of their own

@@ -14,6 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dsv3_train.model.weight_gradients import grouped_linear
+from dsv3_train.precision.emulated import EXACT
 
 
 def _swiglu(gate_up: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
@@ -44,6 +45,7 @@ class GroupedExperts(MegatronModule):
         # Without this mark, ranks but the first of a tensor-parallel group leave a weight out of the gradient norm.
         set_tensor_model_parallel_attributes(self.linear_fc1, True, 1, 1)
         set_tensor_model_parallel_attributes(self.linear_fc2, True, 2, 1)
+        self.arithmetic = EXACT
         self.recompute_activation = (
             config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
         )
@@ -53,12 +55,12 @@ class GroupedExperts(MegatronModule):
     ) -> tuple[torch.Tensor, None]:
         """[tokens, hidden] sorted by expert, [experts] counts, [tokens] gates -> [tokens, hidden], and no bias."""
         counts = tokens_per_expert.tolist()
-        gate_up = grouped_linear(hidden_th, self.linear_fc1, counts)
+        gate_up = grouped_linear(hidden_th, self.linear_fc1, counts, self.arithmetic)
         probs = probs_t.unsqueeze(-1)
         if not self.recompute_activation:
-            return grouped_linear(_swiglu(gate_up, probs), self.linear_fc2, counts), None
+            return grouped_linear(_swiglu(gate_up, probs), self.linear_fc2, counts, self.arithmetic), None
         checkpoint = CheckpointWithoutOutput()
-        out = grouped_linear(checkpoint.checkpoint(_swiglu, gate_up, probs), self.linear_fc2, counts)
+        out = grouped_linear(checkpoint.checkpoint(_swiglu, gate_up, probs), self.linear_fc2, counts, self.arithmetic)
         checkpoint.discard_output_and_register_recompute(out)
         return out, None
 

@@ -10,10 +10,16 @@ that MLA accepts (runtime/cpu.py).
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
@@ -26,6 +32,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from dsv3_train.model.grouped_experts import GroupedExperts
 from dsv3_train.model.weight_gradients import linear
+from dsv3_train.precision.emulated import EXACT, Exact
 
 
 class Attention(MegatronModule):
@@ -67,10 +74,11 @@ class ReplicatedLinear(MegatronModule):
             torch.empty(output_size, input_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.arithmetic = EXACT
 
     def forward(self, x_sbh: torch.Tensor) -> tuple[torch.Tensor, None]:
         """[s, b, input] -> [s, b, output], and no bias."""
-        return linear(x_sbh, self.weight), None
+        return linear(x_sbh, self.weight, self.arithmetic), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The whole weight, replicated over tensor-parallel ranks."""
@@ -104,3 +112,37 @@ def replace(spec: Any) -> Any:
         changes = {field.name: replace(getattr(spec, field.name)) for field in dataclasses.fields(spec)}
         return dataclasses.replace(spec, **changes)
     return spec
+
+
+def set_arithmetic(chunk: torch.nn.Module, arithmetic: Exact) -> None:
+    """Let the linear layers of a chunk compute in `arithmetic`; the output head, also where MTP uses it, stays exact.
+
+    They are the ones that are Transformer Engine's on a GPU, all of which Megatron-core runs in an FP8 context: the
+    decoder's and MTP's, with its projection. Head, embedding and router are no layers of TE's.
+    """
+    head = getattr(chunk, "output_layer", None)
+    for module in chunk.modules():
+        if isinstance(module, (ReplicatedLinear, GroupedExperts)):
+            module.arithmetic = arithmetic
+        elif isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and module is not head:
+            module._forward_impl = partial(_parallel_linear, arithmetic)
+
+
+def _parallel_linear(
+    arithmetic: Exact,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    allreduce_dgrad: bool,
+    sequence_parallel: bool,
+    tp_group: Any,
+    **_unused: Any,
+) -> torch.Tensor:
+    """Stands for the `_forward_impl` of Megatron-core's tensor-parallel linears, whose products are not apart."""
+    if sequence_parallel:
+        input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
+    elif allreduce_dgrad:
+        input = copy_to_tensor_model_parallel_region(input, group=tp_group)
+    output = linear(input, weight, arithmetic)
+    return output if bias is None else output + bias

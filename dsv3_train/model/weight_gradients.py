@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import layers
 
+from dsv3_train.precision.emulated import EXACT, Exact
+
 _current: Hashable | None = None
 _pending: dict[Hashable, list[Callable[[], object]]] = defaultdict(list)
 
@@ -53,52 +55,67 @@ def take(weight: torch.Tensor, product: Callable[[], torch.Tensor]) -> torch.Ten
     return None
 
 
-def _product(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _product(arithmetic: Exact, gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """[..., out] and [..., in] -> [out, in]."""
-    return gradient.reshape(-1, gradient.size(-1)).t().matmul(x.reshape(-1, x.size(-1)))
+    gradient, x = gradient.reshape(-1, gradient.size(-1)), x.reshape(-1, x.size(-1))
+    tokens = [x.size(0)]
+    return arithmetic.tokens(gradient, tokens).t().matmul(arithmetic.tokens(x, tokens))
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return x.matmul(weight.t())
+    def forward(ctx, x, weight, arithmetic):
+        operand = arithmetic.weight(weight)
+        ctx.save_for_backward(x, weight, operand)
+        ctx.arithmetic = arithmetic
+        return arithmetic.output(arithmetic.features(x).matmul(operand.t()))
 
     @staticmethod
     def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
-        return gradient.matmul(weight), take(weight, lambda: _product(gradient, x))
+        x, weight, operand = ctx.saved_tensors
+        arithmetic = ctx.arithmetic
+        back = arithmetic.output(arithmetic.features(gradient).matmul(operand))
+        return back, take(weight, lambda: _product(arithmetic, gradient, x)), None
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """[..., in] times [out, in] -> [..., out]; its weight gradient can be deferred."""
-    return _Linear.apply(x, weight)
+def linear(x: torch.Tensor, weight: torch.Tensor, arithmetic: Exact = EXACT) -> torch.Tensor:
+    """[..., in] times [out, in] -> [..., out]; its weight gradient can be deferred.
+
+    Args:
+        arithmetic: what happens to operands and results of its three products.
+    """
+    return _Linear.apply(x, weight, arithmetic)
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, counts):
-        ctx.save_for_backward(x, weight)
-        ctx.counts = counts
-        return torch.cat([part.matmul(w.t()) for part, w in zip(x.split(counts), weight, strict=True)])
+    def forward(ctx, x, weight, counts, arithmetic):
+        operand = arithmetic.weight(weight)
+        ctx.save_for_backward(x, weight, operand)
+        ctx.counts, ctx.arithmetic = counts, arithmetic
+        parts = arithmetic.features(x).split(counts)
+        return arithmetic.output(torch.cat([part.matmul(w.t()) for part, w in zip(parts, operand, strict=True)]))
 
     @staticmethod
     def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
-        counts = ctx.counts
-        parts = gradient.split(counts)
+        x, weight, operand = ctx.saved_tensors
+        counts, arithmetic = ctx.counts, ctx.arithmetic
 
         def products() -> torch.Tensor:
             # Every expert takes part, also one without tokens: its gradient is zero, not missing.
-            return torch.stack([_product(*both) for both in zip(parts, x.split(counts), strict=True)])
+            both = (arithmetic.tokens(tensor, counts).split(counts) for tensor in (gradient, x))
+            return torch.stack([part.t().matmul(part_of_x) for part, part_of_x in zip(*both, strict=True)])
 
-        back = torch.cat([part.matmul(w) for part, w in zip(parts, weight, strict=True)])
-        return back, take(weight, products), None
+        parts = arithmetic.features(gradient).split(counts)
+        back = torch.cat([part.matmul(w) for part, w in zip(parts, operand, strict=True)])
+        return arithmetic.output(back), take(weight, products), None, None
 
 
-def grouped_linear(x_ti: torch.Tensor, weight_eoi: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """[tokens, in] sorted by expert, each expert's `counts` times its [out, in] -> [tokens, out]; deferred as above."""
-    return _GroupedLinear.apply(x_ti, weight_eoi, counts)
+def grouped_linear(
+    x_ti: torch.Tensor, weight_eoi: torch.Tensor, counts: list[int], arithmetic: Exact = EXACT
+) -> torch.Tensor:
+    """[tokens, in] sorted by expert, each expert's `counts` times its [out, in] -> [tokens, out]; else as `linear`."""
+    return _GroupedLinear.apply(x_ti, weight_eoi, counts, arithmetic)
 
 
 _linear_backward = layers.LinearWithGradAccumulationAndAsyncCommunication.backward
@@ -123,7 +140,7 @@ def _megatron_backward(ctx, gradient):
         if sequence_parallel:
             whole = x.new_empty(x.size(0) * group.size(), *x.shape[1:])
             torch.distributed.all_gather_into_tensor(whole, x.contiguous(), group=group)
-        return _product(gradient, whole)
+        return _product(EXACT, gradient, whole)
 
     take(weight, product)
     bias_gradient = gradient.reshape(-1, gradient.size(-1)).sum(0) if ctx.use_bias else None

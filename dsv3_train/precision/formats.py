@@ -30,9 +30,10 @@ class Format:
             x: FP32 (or BF16, which FP32 holds exactly), any shape.
         """
         x = x.float().clamp(-self.largest, self.largest)
-        exponent = torch.frexp(x).exponent - 1  # |x| = m 2^e with 1 <= m < 2
-        spacing = torch.ldexp(torch.ones_like(x), exponent.clamp(min=self._smallest_exponent) - self.mantissa_bits)
-        return torch.round(x / spacing) * spacing  # a power of 2 divides exactly
+        power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # |x| = m 2^e with 1 <= m < 2: 2^e
+        # Beside a number so much larger, FP32 keeps of x what this format does; and rounds as it does, to nearest even.
+        larger = power.clamp_(min=2.0**self._smallest_exponent).mul_(1.5 * 2.0 ** (23 - self.mantissa_bits))
+        return (x + larger).sub_(larger).copysign_(x)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Codes of the nearest values: torch's 8-bit type, or for E5M6 the upper 12 bits of an FP16 in an int16."""
