@@ -1,0 +1,94 @@
+"""The comparison as rows, in a terminal and (page.py) in a page."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dsv3_train.numerics.compare import percent
+
+COLUMNS = (
+    "run", "precision", "seed", "mean loss", "largest", "at step", "mean", "last", "each step's", "MTP largest",
+    "grad norm", "validation",
+)  # fmt: skip
+TEXTS = 2
+"""So many of the columns are words."""
+
+
+def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The baseline, the runs, the other seeds; texts under `COLUMNS`."""
+    baseline = figures["baseline"]
+    first = (baseline["label"], baseline["precision"], str(baseline["seed"]), f"{baseline['mean_loss']:.4f}")
+    return [
+        first + ("",) * (len(COLUMNS) - len(first)),
+        *(_row(run) for run in (*figures["runs"], *figures["seeds"])),
+    ]
+
+
+def _row(run: dict[str, Any]) -> tuple[str, ...]:
+    loss, mtp, validation = run["loss"], run["mtp_loss"], run["validation"]
+    return (
+        run["label"],
+        run["precision"],
+        str(run["seed"]),
+        f"{run['mean_loss']:.4f}",
+        percent(loss["max_abs"]),
+        str(loss["max_abs_at_step"]),
+        f"{loss['mean']:+.3%}",
+        f"{loss['last']:+.3%}",
+        percent(loss["unsmoothed_max_abs"]),
+        percent(mtp["max_abs"]) if mtp else "",
+        f"x{run['grad_norm_ratio']:.3f}" if run["grad_norm_ratio"] is not None else "",
+        f"{validation['difference']:+.3%}" if validation else "",
+    )
+
+
+def lines(figures: dict[str, Any]) -> list[str]:
+    """What the columns mean, the verdicts, and what to know of the runs."""
+    steps, baseline = figures["steps"], figures["baseline"]["label"]
+    told = [
+        f"Steps {steps['first']} to {steps['last']} that all have: {steps['compared']}; all figures are of the last "
+        f"half, from step {steps['last_half_from']}. Smoothing: {figures['smoothing']}.",
+        f"Relative differences are (run - {baseline}) / {baseline}: largest in absolute value, mean and last of the "
+        "smoothed loss; largest of a single step; of the smoothed MTP loss. grad norm: mean over the baseline's mean. "
+        "validation: at the last one that both have.",
+    ]
+    told += [f"{run['label']}: {run['verdict']}" for run in figures["runs"]]
+    if spread := figures["spread"]:
+        told.append(
+            f"{spread['seeds']} seeds: at most {percent(spread['max_abs'])} from {baseline}; standard deviation of "
+            f"their mean losses {percent(spread['mean_loss_std'])}"
+        )
+    for run in figures["runs"]:
+        differs = ", ".join(f"{key} {_short(left)} -> {_short(right)}" for key, (left, right) in run["differs"].items())
+        told.append(f"{run['label']} differs in: {differs or 'nothing'}")
+    return told + list(dict.fromkeys(note for run in (*figures["runs"], *figures["seeds"]) for note in run["notes"]))
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def grid(columns: tuple[str, ...], texts: int, body: list[tuple[str, ...]]) -> Table:
+    """A table whose first `texts` columns are words, the others numbers."""
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for number, column in enumerate(columns):
+        if number < texts:
+            table.add_column(column, overflow="fold")
+        else:
+            table.add_column(column, justify="right", no_wrap=True)
+    for row in body:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def show(figures: dict[str, Any], console: Console) -> None:
+    """Print the table and what belongs to it."""
+    console.print(grid(COLUMNS, TEXTS, rows(figures)))
+    for line in lines(figures):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
