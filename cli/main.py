@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from dsv3_cli import convert, data, doctor, generate, pipeline, preflight, profile, recipes, slurm, train
+from dsv3_cli import convert, data, doctor, generate, numerics, pipeline, preflight, profile, recipes, slurm, train
 from dsv3_train.errors import UserError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.add_typer(slurm.app, name="slurm")
 app.add_typer(convert.app, name="convert")
 app.add_typer(pipeline.app, name="pipeline")
 app.add_typer(profile.app, name="profile")
+app.add_typer(numerics.app, name="numerics")
 
 
 def run() -> None:

@@ -13,9 +13,10 @@ from rich.text import Text
 from dsv3_train.numerics.compare import percent
 
 COLUMNS = (
-    "run", "precision", "seed", "mean loss", "largest", "at step", "mean", "last", "each step's", "MTP largest",
-    "grad norm", "validation",
+    "run", "precision", "seed", "loss", "largest", "at step", "mean", "last", "one step", "MTP", "norm", "valid.",
 )  # fmt: skip
+_NARROW = ("run", "loss", "largest", "mean", "last", "MTP", "norm", "valid.")
+"""What fits in 80 characters."""
 TEXTS = 2
 """So many of the columns are words."""
 
@@ -54,9 +55,9 @@ def lines(figures: dict[str, Any]) -> list[str]:
     told = [
         f"Steps {steps['first']} to {steps['last']} that all have: {steps['compared']}; all figures are of the last "
         f"half, from step {steps['last_half_from']}. Smoothing: {figures['smoothing']}.",
-        f"Relative differences are (run - {baseline}) / {baseline}: largest in absolute value, mean and last of the "
-        "smoothed loss; largest of a single step; of the smoothed MTP loss. grad norm: mean over the baseline's mean. "
-        "validation: at the last one that both have.",
+        f"loss: mean, nats per token. Of (run - {baseline}) / {baseline}, smoothed: largest in absolute value, mean, "
+        "last; MTP: the largest of the MTP loss; valid.: at the last validation that both have. norm: mean gradient "
+        "norm over the baseline's.",
     ]
     told += [f"{run['label']}: {run['verdict']}" for run in figures["runs"]]
     if spread := figures["spread"]:
@@ -76,7 +77,7 @@ def _short(value: Any) -> str:
 
 def grid(columns: tuple[str, ...], texts: int, body: list[tuple[str, ...]]) -> Table:
     """A table whose first `texts` columns are words, the others numbers."""
-    table = Table(box=box.SIMPLE, pad_edge=False)
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for number, column in enumerate(columns):
         if number < texts:
             table.add_column(column, overflow="fold")
@@ -89,6 +90,7 @@ def grid(columns: tuple[str, ...], texts: int, body: list[tuple[str, ...]]) -> T
 
 def show(figures: dict[str, Any], console: Console) -> None:
     """Print the table and what belongs to it."""
-    console.print(grid(COLUMNS, TEXTS, rows(figures)))
+    shown = [COLUMNS.index(name) for name in _NARROW]
+    console.print(grid(_NARROW, 1, [tuple(row[number] for number in shown) for row in rows(figures)]))
     for line in lines(figures):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
