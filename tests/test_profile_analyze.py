@@ -355,6 +355,8 @@ def test_flops_of_shapes(operator, dims, expected):
         ("void deep_ep::intranode::cached_notify_combine<8>(void**)", "DeepEP notify"),
         ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTT", "GEMM bf16"),
         ("nvjet_qqtst_128x256_128x4_1x2_h_bz_TNT", "GEMM fp8"),
+        ("nvjet_sm90_qqtst_128x256_128x4_1x2_h_bz_TNT", "GEMM fp8"),
+        ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT", "GEMM bf16"),
         ("void deep_gemm::sm90_fp8_gemm_1d2d_impl<0u, 7168u>(float*)", "GEMM fp8"),
         ("void cutlass::device_kernel<cutlass::gemm::GemmUniversal<cutlass::float_e4m3_t, bfloat16_t>>", "GEMM fp8"),
         ("ampere_sgemm_128x64_tn", "GEMM fp32"),

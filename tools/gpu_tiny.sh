@@ -3,16 +3,15 @@
 # bash tools/gpu_tiny.sh OUT [SECONDS before TERM] [SECONDS of the resumed run]
 set -u
 out=$1 first=${2:-200} second=${3:-70}
-at=/tmp/dsv3-cli  # the command, without installing the package
+at=/tmp/dsv3-path  # the command's parts, without installing the package
 mkdir -p $at && ln -sfn "$PWD/cli" $at/dsv3_cli && ln -sfn "$PWD/recipes" $at/dsv3_recipes
-printf '#!/usr/bin/env python3\nfrom dsv3_cli.main import run\n\nrun()\n' >$at/dsv3 && chmod +x $at/dsv3
 export PYTHONPATH=$PYTHONPATH:$at
 run=/tmp/tiny-run
 for seconds in "$first" "$second"; do
-  $at/dsv3 train dsv3_tiny runtime.run_dir=$run data.prepare.output=/tmp/tiny-data/stdlib >"$out/tiny_$seconds.log" 2>&1 &
+  python3 -m dsv3_cli.main train dsv3_tiny runtime.run_dir=$run data.prepare.output=/tmp/tiny-data/stdlib >"$out/tiny_$seconds.log" 2>&1 &
   pid=$!
-  for _ in $(seq 120); do grep -q '^{' $run/metrics.jsonl 2>/dev/null && break; sleep 1; done
-  sleep "$seconds"
+  for _ in $(seq 250); do grep -q '^{' $run/metrics.jsonl 2>/dev/null && break; sleep 1; done
+  for _ in $(seq "$seconds"); do kill -0 $pid 2>/dev/null || break; sleep 1; done
   kill -TERM $pid
   wait $pid
   echo "after $seconds s and TERM: exit code $?"

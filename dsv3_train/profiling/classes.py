@@ -86,12 +86,12 @@ KERNELS = (
         r"quant|qparam|fp8rowwise|hfp8|cast_to_fp8|cast_and_transpose|cast_transpose|cast_back|per_(token|channel|block)_cast|_to_fp8|fp8_cast"
         r"|amax|block_?scal.*(cast|transpose)|update_scale|scale_inv|mx_?fp8_cast|(nvte|transformer_engine).*transpose",
     ),
-    _gemm("fp8", r"fp8|e4m3|e5m2|nvjet_[qr]{2}|f8f8|float8"),
-    _gemm("bf16", r"bf16|bfloat16|nvjet_t[a-z]t"),
-    _gemm("fp16", r"fp16|f16|half|hgemm|h884|h1688|h16816|nvjet_h[a-z]h|float16"),
+    _gemm("fp8", r"fp8|e4m3|e5m2|nvjet_(sm\d+_)?[qr]{2}|f8f8|float8"),
+    _gemm("bf16", r"bf16|bfloat16|nvjet_(sm\d+_)?t[a-z]t"),
+    _gemm("fp16", r"fp16|f16|half|hgemm|h884|h1688|h16816|nvjet_(sm\d+_)?h[a-z]h|float16"),
     _gemm("int8", r"int8|i8i8|s8s8|imma"),
     _gemm("tf32", r"tf32|s1688gemm|s16816gemm(?!_)"),
-    _gemm("fp32", r"sgemm|fp32|f32f32|float|nvjet_sss|simt"),
+    _gemm("fp32", r"sgemm|fp32|f32f32|float|nvjet_(sm\d+_)?sss|simt"),
     _gemm("fp64", r"dgemm|fp64|double|d884"),
     _compute("GEMM", _GEMM),
     _compute(

@@ -24,6 +24,7 @@ def published(layers: int, experts: int, gpus: int = 1, **precision: str) -> Rec
             "model.vocab_size=8192",
             "model.num_nextn_predict_layers=0",
             "schedule.mtp_weight=0",
+            "schedule.bias_update_speed=0",  # the same routing in every step
             "training.recompute=[]",
             "optim.ema_decay=null",
             "data.train=[{path: unused}]",

@@ -8,7 +8,10 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-import transformer_engine_torch as tex  # noqa: E402
+
+import transformer_engine.pytorch  # noqa: E402, F401  (loads the next)
+
+import transformer_engine_torch as tex  # noqa: E402  isort: skip
 from transformer_engine.pytorch import Float8BlockQuantizer  # noqa: E402
 from transformer_engine.pytorch.cpp_extensions import general_gemm  # noqa: E402
 

@@ -37,11 +37,12 @@ def test_pairs_overlap(tmp_path, fp8):
     for rank in range(2):
         result = json.loads((tmp_path / f"{rank}.json").read_text())
         print(json.dumps(result, indent=1))
-        plain, paired, again = (result[name] for name in ("one by one", "in pairs", "in pairs again"))
+        plain, again, paired = (result[name] for name in ("one by one", "one by one again", "in pairs"))
         assert (plain["paired"], paired["paired"]) == (0, 5)
-        assert paired["loss"] == pytest.approx(plain["loss"], rel=1e-6)
-        # Kernels that add with atomics give other bits every time: what two runs of the same differ by.
-        assert paired["gradient_difference"] < 2e-2, again["gradient_difference"]
+        # What two runs of the same differ by: kernels that add with atomics give other bits every time.
+        noise = again["gradient_difference"]
+        assert paired["gradient_difference"] < max(2 * noise, 1e-3)
+        assert paired["loss"] == pytest.approx(plain["loss"], rel=1e-6 + 2 * abs(again["loss"] / plain["loss"] - 1))
         assert paired["hidden_fraction"] > plain["hidden_fraction"] + 0.3
         assert paired["step_ms"] < plain["step_ms"]
 
