@@ -93,10 +93,10 @@ def notes(baseline: Series, run: Series) -> list[str]:
         for series in (baseline, run):
             if series.passed_over:
                 told.append(f"{series.run_dir}: batches passed over at {_some(series.passed_over)}")
-    for key in ("commit", "versions", "gpus", "cpu"):
+    for key, what in (("commit", "commit"), ("versions", "package versions"), ("gpus", "GPUs"), ("cpu", "CPU")):
         ours, theirs = baseline.origin.get(key), run.origin.get(key)
         if ours and theirs and ours != theirs:
-            told.append(f"{run.run_dir}: {key} differ from {baseline.run_dir}'s (environment.json)")
+            told.append(f"{baseline.run_dir} and {run.run_dir} differ in {what} (environment.json)")
     return told
 
 

@@ -15,7 +15,7 @@ from dsv3_train.numerics.table import grid
 from dsv3_train.profiling.picture import save
 from dsv3_train.profiling.report import as_json, write
 
-_TITLE = "Error of the input gradient of the worst 5% of tokens, by how far tokens are apart in size"
+_TITLE = "Relative error of tokens' input gradients, by how far the tokens are apart in size"
 _COLOURS = {"1x128": "#2563eb", "128x1": "#0d9488", "128x128": "#ea580c", "tensor": "#db2777"}
 _LINES = {"E4M3": "-", "E4M3 FP32": ":", "E5M2": "--", "E5M6": "-."}
 
@@ -76,7 +76,11 @@ def picture(figures: dict[str, Any]) -> Figure:
                 lw=1.3,
                 label=f"{row['format']}, {row['tile']}",
             )
-        axes.set(yscale="log", xlabel="decades between the largest and the smallest token", ylabel="95th percentile")
+        axes.set(
+            yscale="log",
+            xlabel="decades between the largest and the smallest token",
+            ylabel="95th percentile of tokens",
+        )
         axes.set_title(_TITLE)
         axes.grid(alpha=0.15)
         axes.legend(ncols=2)

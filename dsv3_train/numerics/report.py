@@ -24,11 +24,9 @@ def write_comparison(out: Path, figures: dict[str, Any], curves: Curves) -> list
     paths = [out / f"report.{kind}" for kind in ("json", "html", "png")]
     write(paths[0], as_json(figures) + "\n")
     drawn = picture(curves)
-    names = ", ".join(run["label"] for run in figures["runs"])
+    names = ", ".join(run["label"] for run in figures["runs"] or figures["seeds"])
     title = f"{names} against {figures['baseline']['label']}"
-    verdicts = [f"{run['label']}: {run['verdict']}" for run in figures["runs"]]
-    told = [line for line in table.lines(figures) if line not in verdicts]
     body = html_table("Losses", table.COLUMNS, table.TEXTS, table.rows(figures))
-    write(paths[1], page(title, verdicts, svg(drawn), [body], told))
+    write(paths[1], page(title, table.verdicts(figures), svg(drawn), [body], table.lines(figures)))
     save(drawn, paths[2])
     return paths

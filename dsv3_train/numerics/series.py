@@ -109,7 +109,7 @@ _REAL = {"step": ("loss", "mtp_loss", "grad_norm"), "validation": ("loss",)}
 def _checked(line: Any) -> dict[str, Any]:
     """A line whose fields are what they should be. ValueError, KeyError or TypeError otherwise."""
     for key in _WHOLE.get(line["kind"], ()):
-        if not isinstance(line[key], int) or line[key] < 0:
+        if type(line[key]) is not int or line[key] < 0:
             raise ValueError(f"{key} is {line[key]!r}")
     for key in _REAL.get(line["kind"], ()):
         value = line[key]

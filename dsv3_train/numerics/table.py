@@ -50,7 +50,7 @@ def _row(run: dict[str, Any]) -> tuple[str, ...]:
 
 
 def lines(figures: dict[str, Any]) -> list[str]:
-    """What the columns mean, the verdicts, and what to know of the runs."""
+    """What the columns mean, and what to know of the runs."""
     steps, baseline = figures["steps"], figures["baseline"]["label"]
     told = [
         f"Steps {steps['first']} to {steps['last']} that all have: {steps['compared']}; all figures are of the last "
@@ -59,16 +59,21 @@ def lines(figures: dict[str, Any]) -> list[str]:
         "last; MTP: the largest of the MTP loss; valid.: at the last validation that both have. norm: mean gradient "
         "norm over the baseline's.",
     ]
-    told += [f"{run['label']}: {run['verdict']}" for run in figures["runs"]]
-    if spread := figures["spread"]:
-        told.append(
-            f"{spread['seeds']} seeds: at most {percent(spread['max_abs'])} from {baseline}; standard deviation of "
-            f"their mean losses {percent(spread['mean_loss_std'])}"
-        )
     for run in figures["runs"]:
         differs = ", ".join(f"{key} {_short(left)} -> {_short(right)}" for key, (left, right) in run["differs"].items())
         told.append(f"{run['label']} differs in: {differs or 'nothing'}")
     return told + list(dict.fromkeys(note for run in (*figures["runs"], *figures["seeds"]) for note in run["notes"]))
+
+
+def verdicts(figures: dict[str, Any]) -> list[str]:
+    """Of each run, and how far seeds are apart."""
+    told = [f"{run['label']}: {run['verdict']}" for run in figures["runs"]]
+    if spread := figures["spread"]:
+        told.append(
+            f"{spread['seeds']} seeds of {figures['baseline']['label']}: at most {percent(spread['max_abs'])} from it; "
+            f"standard deviation of their mean losses {percent(spread['mean_loss_std'])}"
+        )
+    return told
 
 
 def _short(value: Any) -> str:
@@ -92,5 +97,5 @@ def show(figures: dict[str, Any], console: Console) -> None:
     """Print the table and what belongs to it."""
     shown = [COLUMNS.index(name) for name in _NARROW]
     console.print(grid(_NARROW, 1, [tuple(row[number] for number in shown) for row in rows(figures)]))
-    for line in lines(figures):
+    for line in [*verdicts(figures), *lines(figures)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dsv3_train.errors import UserError
 from dsv3_train.numerics.plan import Planned
 
+_TRAIN = (sys.executable, "-m", "dsv3_cli.main", "train")
 _LIBC = ctypes.CDLL(None)
 _TAIL = 65536
 """Bytes at the end of metrics.jsonl in which the newest step is looked for."""
@@ -97,7 +98,7 @@ def _start(planned: Planned, slot: int, devices: Sequence[str]) -> _Job:
     environment = dict(os.environ)
     if devices and planned.recipe.runtime.device != "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(share(devices, planned.recipe.parallel.world_size, slot))
-    command = [sys.executable, "-m", "dsv3_cli.main", "train", planned.ref, *planned.overrides]
+    command = [*_TRAIN, planned.ref, *planned.overrides]
     try:
         planned.log.parent.mkdir(parents=True, exist_ok=True)
         with planned.log.open("ab") as log:
