@@ -18,7 +18,7 @@ from parity import in_processes, tiny
 
 PP2 = {"world_size": 2, "pipeline": 2}
 EP2 = {"world_size": 2, "expert": 2}
-STEPS = 4
+STEPS = 3
 
 
 def emulated(power_of_2: bool = True, **changes):
@@ -41,6 +41,25 @@ def assert_close(got: dict, expected: dict, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(got["losses"], expected["losses"], rtol=1e-2, atol=0)
 
 
+def smoothed(result: dict) -> torch.Tensor:
+    """Losses, each the mean of ten steps."""
+    return torch.tensor([loss for loss, *_ in result["losses"]]).unfold(0, 10, 1).mean(1)
+
+
+def test_training_tracks_fp32(run):
+    """Smoothed losses within 0.5% (seen with three seeds: 0.09 to 0.37%; BF16 alone 0.12%; FP32 of other seeds 0.95 and
+    1.5%; E4M3 without scales, whose gradients vanish, 16%)."""
+    options = {
+        "optim": {"eps": 1e-8},
+        "schedule": {"lr": 1e-3},
+        "training": {"micro_batch_size": 8, "duration": "30 steps"},
+    }
+    exact, got = (smoothed(run(make(**options), steps=30)) for make in (tiny, emulated))
+    assert exact[-1] < 0.85 * exact[0]
+    off = got / exact - 1
+    assert 0 < off.abs().max() < 5e-3, off
+
+
 @pytest.mark.parametrize(("schedule", "sequences"), [("1f1b", 4), ("zb1p", 4), ("dualpipe", 2)])
 def test_pipelines_are_bit_equal(run, schedule, sequences):
     """MTP adds up the embedding's gradient of two stages, clipping norms of two ranks, and each direction of DualPipe
@@ -50,8 +69,8 @@ def test_pipelines_are_bit_equal(run, schedule, sequences):
         "optim": {"clip_grad_norm": 0},
         "schedule": {"batch_size": sequences, "mtp_weight": 0},
     }
-    got = run(emulated(**alike, parallel=PP2, pipeline={"schedule": schedule, "layout": "Ettt|tL"}))
-    expected = run(emulated(**alike))
+    got = run(emulated(**alike, parallel=PP2, pipeline={"schedule": schedule, "layout": "Ettt|tL"}), steps=STEPS)
+    expected = run(emulated(**alike), steps=STEPS)
     for what in ("gradients", "weights"):
         assert got[what].keys() == expected[what].keys()
         assert all(torch.equal(tensor, expected[what][name]) for name, tensor in got[what].items())
@@ -68,8 +87,8 @@ def test_pipelines_with_mtp(run, schedule):
 
 @pytest.mark.parametrize("modules", [["layernorm", "mla_up_proj", "moe_act"], ["full"]], ids=["parts", "full"])
 def test_recompute(run, modules):
-    got = run(emulated(training={"recompute": modules}), steps=2)
-    assert_close(got, run(emulated(), steps=2), 1e-6)
+    got = run(emulated(training={"recompute": modules}), steps=STEPS)
+    assert_close(got, run(emulated(), steps=STEPS), 1e-6)
 
 
 def test_expert_parallel(run):
