@@ -99,6 +99,17 @@ def test_the_later_attempt_counts(base):
     assert "batches passed over at step 28" in " ".join(run["notes"])
 
 
+def test_a_later_attempt_that_got_less_far(base):
+    """40 steps, then again from 31 to 35, where it stands: what the first attempt did from there on is gone."""
+    valid = {"kind": "validation", "step": 35, "consumed_tokens": 35 * TOKENS, "loss": 9.0}
+    first = [*steps(falling() * 2)[:35], valid, *steps(falling() * 2)[35:]]
+    first[:30] = steps(falling())[:30]
+    run, figures, _ = against(base, [*first, *steps(falling())[30:35]], window=1)
+    assert (figures["steps"]["last"], run["loss"]["max_abs"]) == (35, 0)
+    again = run_dir(base.parent / "again", [*steps(falling())[:35], valid, steps(falling())[34]])
+    assert read(again).validation == {}
+
+
 def test_steps_are_matched_by_number(base):
     lines = [one for one in steps(falling()) if one["step"] not in (5, 25, 33)]
     run, figures, curves = against(base, lines, window=1)
@@ -131,7 +142,7 @@ def test_gradient_norms_and_validation(base):
     ]
     base = run_dir(base.parent / "other base", [*steps(falling(), grad_norm=2.0), *valid])
     lines = [line(step, float(falling()[step - 1]), grad_norm=2.0 if step <= 20 else 3.0) for step in range(1, 41)]
-    more = [{**valid[1], "loss": 4.2}, {**valid[1], "step": 30, "loss": 1.0}]
+    more = [{**valid[0], "loss": 9.0}, {**valid[1], "loss": 4.2}, {**valid[1], "step": 30, "loss": 1.0}]
     run, _, _ = against(base, [*lines, *more])
     assert run["grad_norm_ratio"] == pytest.approx(1.5)
     assert run["validation"] == {"step": 20, "loss": 4.2, "baseline": 4.0, "difference": pytest.approx(0.05)}
@@ -151,8 +162,10 @@ def test_losses_that_are_not_finite(base):
     assert "not finite" in run["verdict"]
     assert f"{base.parent / 'run'}: no finite loss at step 31" in run["notes"]
     assert figures["steps"]["compared"] == 39
-    with pytest.raises(UserError, match=r"run/metrics\.jsonl: the loss of step 31 is not finite"):
-        compare(base.parent / "run", [base])
+    seed = run_dir(base.parent / "seed", steps(losses), "training.seed=3")
+    for name, arguments in (("run", (base.parent / "run", [base])), ("seed", (base, [], [seed]))):
+        with pytest.raises(UserError, match=rf"{name}/metrics\.jsonl: the loss of step 31 is not finite"):
+            compare(*arguments)
 
 
 def test_a_run_that_is_not_at_its_end_is_told_of(base):
@@ -197,9 +210,10 @@ def test_seeds_are_of_the_baseline(base):
             compare(base, [run], [seed])
 
 
-def test_batches_of_other_sizes_are_refused(base):
-    lines = [one | {"consumed_tokens": one["consumed_tokens"] + (one["step"] > 8)} for one in steps(falling())]
-    with pytest.raises(UserError, match=f"{9 * TOKENS + 1} tokens consumed after step 9, and {9 * TOKENS} in"):
+@pytest.mark.parametrize("more", [1, -1])
+def test_batches_of_other_sizes_are_refused(base, more):
+    lines = [one | {"consumed_tokens": one["consumed_tokens"] + more * (one["step"] > 8)} for one in steps(falling())]
+    with pytest.raises(UserError, match=f"{9 * TOKENS + more} tokens consumed after step 9, and {9 * TOKENS} in"):
         against(base, lines)
 
 
