@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from typer.core import TyperCommand
@@ -165,14 +165,19 @@ def _report(
         from dsv3_train.numerics.report import write_comparison
 
         written = write_comparison(out, figures, curves)
+    from dsv3_train.numerics.table import show
+
+    _tell(figures, show, written, as_json)
+
+
+def _tell(figures: dict[str, Any], show: Callable[..., None], written: list[Path], as_json: bool) -> None:
+    """As one JSON object, or as tables and the names of the files."""
     if as_json:
         from dsv3_train.profiling.report import as_json as to_json
 
         print(to_json(figures))
         return
     from rich.console import Console
-
-    from dsv3_train.numerics.table import show
 
     show(figures, Console())
     for path in written:
@@ -211,15 +216,6 @@ def formats(
         from dsv3_train.numerics.imbalance_report import write_study
 
         written = write_study(out, figures)
-    if as_json:
-        from dsv3_train.profiling.report import as_json as to_json
-
-        print(to_json(figures))
-        return
-    from rich.console import Console
-
     from dsv3_train.numerics.imbalance_report import show
 
-    show(figures, Console())
-    for path in written:
-        print(f"wrote {path}")
+    _tell(figures, show, written, as_json)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from numeric_runs import falling, run_dir, steps
 from typer.testing import CliRunner
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from dsv3_cli import main
 from dsv3_cli.numerics import _repeated
 from dsv3_train.errors import UserError
+from dsv3_train.numerics.picture import extremes
 
 
 def dsv3(*arguments: str) -> str:
@@ -132,6 +134,18 @@ def test_bounds_and_other_seeds_alone(runs):
     assert "misses 0.05% by 0.050 points" in dsv3("compare", "runs/bf16", "runs/fp8", "--bound", "0.0005")
     assert "2 seeds of bf16" in dsv3("compare", "runs/bf16", "--seeds", "runs/bf16-2", "--out", "alone")
     page_and_picture(runs / "alone", "report")
+
+
+def test_long_curves_keep_their_peaks():
+    y_n = np.random.default_rng(0).normal(size=50_000)
+    y_n[:100] = np.nan
+    y_n[[31_415, 27_182]] = 9, -9
+    at = extremes(y_n)
+    assert {31_415, 27_182} <= set(at.tolist())
+    assert len(at) <= 2000
+    assert (np.diff(at) > 0).all()
+    assert at[-1] >= 49_950
+    assert extremes(y_n[:2000]).tolist() == list(range(2000))
 
 
 @pytest.mark.parametrize(

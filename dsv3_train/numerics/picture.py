@@ -33,8 +33,7 @@ _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dsv3",  # the same figures give the same file
 }
-_MOST_VECTORS = 5000
-"""Points of a curve above which the faint ones are pixels inside the SVG."""
+_BUCKETS = 1000
 
 
 def styled(draw: Callable[[Figure], None], width: float, height: float) -> Figure:
@@ -78,10 +77,8 @@ def picture(curves: Curves) -> Figure:
 def _losses(axes: Axes, curves: Curves) -> None:
     axes.set_title("loss, nats per token: smoothed, faint each step's")
     for curve, colour in _all(curves):
-        axes.plot(
-            curves.tokens_n, curve.loss_n, color=colour, lw=0.6, alpha=0.2, rasterized=curve.loss_n.size > _MOST_VECTORS
-        )
-        axes.plot(curves.tokens_n, curve.smooth_loss_n, color=colour, lw=1.2, label=curve.label)
+        _line(axes, curves, curve.loss_n, color=colour, lw=0.6, alpha=0.2)
+        _line(axes, curves, curve.smooth_loss_n, color=colour, lw=1.2, label=curve.label)
     last = np.concatenate([curve.smooth_loss_n[curves.half // 4 :] for curve, _ in _all(curves)])
     _limit(axes, last)
     axes.legend(ncols=4)
@@ -97,9 +94,8 @@ def _differences(axes: Axes, curves: Curves) -> None:
     _spread(axes, curves, [curve.smooth_difference_n for curve in curves.seeds])
     for number, curve in enumerate(curves.runs):
         colour = _RUNS[number % len(_RUNS)]
-        raw_n = curve.difference_n
-        axes.plot(curves.tokens_n, raw_n, color=colour, lw=0.6, alpha=0.25, rasterized=raw_n.size > _MOST_VECTORS)
-        axes.plot(curves.tokens_n, curve.smooth_difference_n, color=colour, lw=1.3, label=curve.label)
+        _line(axes, curves, curve.difference_n, color=colour, lw=0.6, alpha=0.25)
+        _line(axes, curves, curve.smooth_difference_n, color=colour, lw=1.3, label=curve.label)
     shown = [curve.smooth_difference_n for curve in (*curves.runs, *curves.seeds)]
     _centre(axes, curves, shown)
     axes.legend(ncols=4)
@@ -115,14 +111,14 @@ def _mtp_differences(axes: Axes, curves: Curves) -> None:
     )
     _spread(axes, curves, of_seeds)
     for number, smooth_n in enumerate(of_runs):
-        axes.plot(curves.tokens_n, smooth_n, color=_RUNS[number % len(_RUNS)], lw=1.3)
+        _line(axes, curves, smooth_n, color=_RUNS[number % len(_RUNS)], lw=1.3)
     _centre(axes, curves, [*of_runs, *of_seeds])
 
 
 def _grad_norms(axes: Axes, curves: Curves) -> None:
     axes.set_title("gradient norm before clipping, smoothed")
     for curve, colour in _all(curves):
-        axes.plot(curves.tokens_n, curve.smooth_grad_norm_n, color=colour, lw=1)
+        _line(axes, curves, curve.smooth_grad_norm_n, color=colour, lw=1)
     _limit(axes, np.concatenate([curve.smooth_grad_norm_n[curves.half // 4 :] for curve, _ in _all(curves)]))
 
 
@@ -131,9 +127,28 @@ def _spread(axes: Axes, curves: Curves, of_seeds: list[np.ndarray]) -> None:
     if not of_seeds:
         return
     stacked_sn = np.stack([*of_seeds, np.zeros_like(of_seeds[0])])
-    axes.fill_between(
-        curves.tokens_n, stacked_sn.min(0), stacked_sn.max(0), color=_SEED, alpha=0.35, lw=0, label="other seeds"
-    )
+    low_n, high_n = stacked_sn.min(0), stacked_sn.max(0)
+    at = np.union1d(extremes(low_n), extremes(high_n))
+    axes.fill_between(curves.tokens_n[at], low_n[at], high_n[at], color=_SEED, alpha=0.35, lw=0, label="other seeds")
+
+
+def _line(axes: Axes, curves: Curves, y_n: np.ndarray, **style: Any) -> None:
+    at = extremes(y_n)
+    axes.plot(curves.tokens_n[at], y_n[at], **style)
+
+
+def extremes(y_n: np.ndarray) -> np.ndarray:
+    """Indices of the least and the largest value of each of `_BUCKETS` stretches, in order; all of a short curve.
+
+    More points than that lie on the same pixels, and would make a page of many steps large.
+    """
+    if len(y_n) <= 2 * _BUCKETS:
+        return np.arange(len(y_n))
+    found = []
+    for part in np.array_split(np.arange(len(y_n)), _BUCKETS):
+        y = y_n[part]
+        found += [part[np.where(np.isnan(y), np.inf, y).argmin()], part[np.where(np.isnan(y), -np.inf, y).argmax()]]
+    return np.unique(found)
 
 
 def _all(curves: Curves) -> list:
