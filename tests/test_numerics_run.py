@@ -47,7 +47,10 @@ run_dir.mkdir(parents=True, exist_ok=True)
 if run_dir.name == "blockwise" and os.path.exists("refuse"):
     print("some lines before", flush=True)
     sys.exit("no such data")
-time.sleep(60 if os.path.exists("hang") else 0.3)
+if os.path.exists("hang"):
+    time.sleep(60)
+while os.path.exists("pair") and len(list(run_dir.parent.glob("*/started"))) < 2:
+    time.sleep(0.05)
 (run_dir / "ended").write_text(str(time.time()))
 (run_dir / "state").write_text("finished")
 """
@@ -119,13 +122,14 @@ def test_gpus_are_shared_out_in_turn():
 def test_training(trainer):
     """Two at a time, on two GPUs; the second time there is nothing left to do."""
     runs = planned()
+    Path("pair").touch()  # the first ones wait for each other
     train(runs, 2, ["4", "6"], quiet())
     started = [json.loads((one.run_dir / "started").read_text()) for one in runs]
     ended = [float((one.run_dir / "ended").read_text()) for one in runs]
     assert [one["gpus"] for one in started[:2]] == ["4", "6"]
     assert {one["gpus"] for one in started} == {"4", "6"}
-    assert max(one["at"] for one in started[:2]) < min(ended[:2])  # together
-    assert min(one["at"] for one in started[2:]) > min(ended[:2])  # and no third beside them
+    assert max(one["at"] for one in started[:2]) < min(ended[:2])
+    assert min(one["at"] for one in started[2:]) > min(ended[:2])  # no third beside them
     (runs[1].run_dir / "state").write_text("preempted")
     train(planned(), 2, [], quiet())
     again = [json.loads((one.run_dir / "started").read_text()) for one in runs]
@@ -149,7 +153,8 @@ def test_a_run_that_fails_ends_the_others(trainer):
     assert not Path("out/none-seed1235").exists()
 
 
-def test_term_takes_the_runs_along(trainer):
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda how: how.name)
+def test_who_stops_takes_the_runs_along(trainer, how):
     Path("hang").touch()
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import test_numerics_run as t\n"
@@ -159,8 +164,12 @@ def test_term_takes_the_runs_along(trainer):
     here = str(Path(__file__).parent)
     process = subprocess.Popen([sys.executable, "-c", code, here, str(trainer / "trainer")])
     await_files(Path("out/none/started"), Path("out/blockwise/started"))
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
+    assert len(runs_of(trainer)) == 2
+    process.send_signal(how)
+    code = process.wait(30)
+    assert code == (143 if how == signal.SIGTERM else -how)
+    if how == signal.SIGKILL:  # the kernel tells the runs, nobody waits for them
+        time.sleep(1)
     assert not runs_of(trainer)
 
 
@@ -215,4 +224,7 @@ def runs_of(where: Path) -> list[int]:
     import psutil
 
     script = str(where / "trainer")
-    return [one.pid for one in psutil.process_iter(["cmdline"]) if script in (one.info["cmdline"] or [])]
+    running = psutil.process_iter(["cmdline", "status"])
+    return [
+        one.pid for one in running if (one.info["cmdline"] or [""])[1:2] == [script] and one.info["status"] != "zombie"
+    ]
