@@ -1,14 +1,17 @@
 """Emulated FP8 trains: as FP32 does but for its rounding, and in any layout as in one process.
 
 A sum in another order is off by 1e-7, which now and then tips a value over to the next BF16 (2^-8 away) or E4M3 (2^-3).
-Of twenty runs of six steps (five seeds; EP2, 1F1B and DualPipe with MTP, FP32 sums of two ranks among others) none came
-to that in the first two steps, eight did by the sixth, whose loss was then off by up to 1.3e-3. So layouts are compared
-bit for bit where all sums have one order, and otherwise by the first step, later losses within 1e-2.
+Of sixteen runs of six steps (five seeds; EP2, 1F1B and DualPipe with MTP) none came to that in the first two steps, six
+did by the sixth, whose loss was then off by up to 1.3e-3. So layouts are compared bit for bit where all sums have one
+order, and otherwise by the first step, with later losses within 1e-2.
 """
 
 from __future__ import annotations
 
 import functools
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,8 +50,11 @@ def smoothed(result: dict) -> torch.Tensor:
 
 
 def test_training_tracks_fp32(run):
-    """Smoothed losses within 0.5% (seen with three seeds: 0.09 to 0.37%; BF16 alone 0.12%; FP32 of other seeds 0.95 and
-    1.5%; E4M3 without scales, whose gradients vanish, 16%)."""
+    """Smoothed losses within 0.5%.
+
+    Seen: 0.05 to 0.31% with five seeds, 0.12% of BF16 alone, 0.64 to 2% of FP32 from other seeds, 11% of E4M3 without
+    scales, where gradients vanish.
+    """
     options = {
         "optim": {"eps": 1e-8},
         "schedule": {"lr": 1e-3},
@@ -58,6 +64,29 @@ def test_training_tracks_fp32(run):
     assert exact[-1] < 0.85 * exact[0]
     off = got / exact - 1
     assert 0 < off.abs().max() < 5e-3, off
+
+
+@pytest.mark.slow
+def test_smoke_tracks_fp32(tmp_path):
+    """The smoke recipe's first 100 steps: smoothed losses within 1%, about as far as FP32 from another seed.
+
+    The report's 0.25% is for models of 16B and more. Over all 400 steps it was at most 0.80 and 0.43% with two seeds
+    (on average of the last half +0.65 and -0.04%), 0.34% of BF16 alone, and FP32 with one seed 0.74% from the other.
+    """
+    losses = {}
+    for kind in ("none", "emulated"):
+        run_dir = tmp_path / kind
+        settings = [
+            "training.duration=100 steps",
+            "training.eval_interval=0",
+            f"data.prepare.output={tmp_path / 'data'}",
+        ]
+        command = [sys.executable, "-m", "dsv3_cli.main", "train", "smoke", f"precision.fp8={kind}", *settings]
+        subprocess.run([*command, f"runtime.run_dir={run_dir}"], check=True, capture_output=True)
+        lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        losses[kind] = torch.tensor([line["loss"] for line in lines if line["kind"] == "step"]).unfold(0, 20, 1).mean(1)
+    off = losses["emulated"] / losses["none"] - 1
+    assert 0 < off.abs().max() < 0.01, off
 
 
 @pytest.mark.parametrize(("schedule", "sequences"), [("1f1b", 4), ("zb1p", 4), ("dualpipe", 2)])
