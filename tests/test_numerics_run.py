@@ -45,6 +45,8 @@ run_dir = pathlib.Path(json.loads(overrides["runtime.run_dir"]))
 run_dir.mkdir(parents=True, exist_ok=True)
 (run_dir / "started").write_text(json.dumps(dict(at=time.time(), gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))))
 if run_dir.name == "blockwise" and os.path.exists("refuse"):
+    while not (run_dir.parent / "none" / "started").exists():
+        time.sleep(0.05)
     print("some lines before", flush=True)
     sys.exit("no such data")
 if os.path.exists("hang"):
@@ -145,12 +147,15 @@ def test_a_cpu_run_keeps_its_environment(trainer):
 
 def test_a_run_that_fails_ends_the_others(trainer):
     Path("refuse").touch()
+    Path("hang").touch()
     with pytest.raises(UserError) as caught:
         train(planned(), 2, [], quiet())
     why = "dsv3 train ended with exit code 1: no such data (all of it: out/blockwise.log)"
     assert str(caught.value) == f"out/blockwise: {why}"
     assert "some lines before" in Path("out/blockwise.log").read_text()
     assert not Path("out/none-seed1235").exists()
+    assert Path("out/none/started").exists()
+    assert not runs_of(trainer)
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda how: how.name)
