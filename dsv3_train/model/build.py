@@ -11,8 +11,9 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from dsv3_train.model import routing
+from dsv3_train.model import caches, routing
 from dsv3_train.model.stage import Place, Stage, places
+from dsv3_train.precision import dispatch
 from dsv3_train.precision.emulated import BlockScaled
 from dsv3_train.recipe.chunks import MIRRORED
 from dsv3_train.recipe.schema import Recipe
@@ -66,6 +67,9 @@ def _build(recipe: Recipe, config: MLATransformerConfig, place: Place) -> Stage:
         from dsv3_train.model.local_layers import set_arithmetic
 
         set_arithmetic(chunk, BlockScaled(recipe.precision.power_of_2_scales))
+    caches.install(chunk, recipe.precision)
+    if recipe.precision.fp8_dispatch:
+        dispatch.install(chunk)
     for name, parameter in chunk.named_parameters():
         if ".experts." in name and ".shared_experts." not in name:
             # Megatron keeps experts with the other parameters when EP is 1, and in an optimizer of their own

@@ -14,7 +14,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dsv3_train.model.weight_gradients import grouped_linear
+from dsv3_train.precision.caches import hold
 from dsv3_train.precision.emulated import EXACT
+from dsv3_train.precision.formats import Format
 
 
 def _swiglu(gate_up: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
@@ -46,6 +48,8 @@ class GroupedExperts(MegatronModule):
         set_tensor_model_parallel_attributes(self.linear_fc1, True, 1, 1)
         set_tensor_model_parallel_attributes(self.linear_fc2, True, 2, 1)
         self.arithmetic = EXACT
+        self.input_format: Format | None = None
+        """How SwiGLU's input waits for its recomputation; None: as it is."""
         self.recompute_activation = (
             config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
         )
@@ -61,6 +65,8 @@ class GroupedExperts(MegatronModule):
             return grouped_linear(_swiglu(gate_up, probs), self.linear_fc2, counts, self.arithmetic), None
         checkpoint = CheckpointWithoutOutput()
         out = grouped_linear(checkpoint.checkpoint(_swiglu, gate_up, probs), self.linear_fc2, counts, self.arithmetic)
+        if self.input_format is not None:  # before the recomputation's hook: it needs what this one restores
+            hold(gate_up, self.input_format, until=out)
         checkpoint.discard_output_and_register_recompute(out)
         return out, None
 

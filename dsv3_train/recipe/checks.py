@@ -243,6 +243,12 @@ def _precision(recipe: Recipe) -> Faults:
             yield "precision.params", "precision.fp8=emulated rounds FP32 itself; set precision.params=fp32"
     elif precision.fp8 != "none" and precision.params != "bf16":
         yield "precision.params", f"precision.fp8={precision.fp8} needs BF16 beside it; set precision.params=bf16"
+    again = {"moe_act", "layernorm"} & set(parts)
+    if precision.fp8 == "delayed" and again:
+        yield (
+            "training.recompute",
+            f"precision.fp8=delayed cannot quantise again; take out {' and '.join(sorted(again))}, or use current",
+        )
     if precision.fp8_params and not (precision.fp8 == "blockwise" and recipe.parallel.zero1):
         yield "precision.fp8_params", "needs precision.fp8=blockwise and parallel.zero1=true; set both, or false"
     if precision.fp8_dispatch and recipe.parallel.dispatcher != "alltoall":
@@ -257,6 +263,10 @@ def _precision(recipe: Recipe) -> Faults:
             "precision.attention_output",
             "training.recompute computes attention again and keeps no output; set precision.attention_output=full",
         )
+    if precision.attention_output != "full" and precision.fp8 == "delayed":
+        yield "precision.attention_output", "needs another precision.fp8 than delayed; set that, or full"
+    if precision.attention_output != "full" and recipe.model.num_attention_heads * recipe.model.v_head_dim % 2:
+        yield "precision.attention_output", "two values share 3 bytes, and heads x v_head_dim is odd; set it to full"
 
 
 def _cpu(recipe: Recipe) -> Faults:

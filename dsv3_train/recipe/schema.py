@@ -144,7 +144,7 @@ class Precision(Section):
     """Send tokens to experts, and in the backward pass their outputs' gradients, as E4M3 in 1x128 tiles with power-of-2
     scales (report, section 3.3.3). What experts send back stays in BF16."""
     swiglu_input: Literal["full", "fp8"] = "full"
-    """How SwiGLU's input in experts waits for the backward pass, which computes its output again (report, section
+    """How SwiGLU's input waits for the backward pass, which computes its output again in experts (report, section
     3.3.3): `fp8` is E4M3 in 1x128 tiles. Needs `moe_act` in training.recompute."""
     attention_output: Literal["full", "e5m6"] = "full"
     """How the input of the linear layer after attention waits for the backward pass: `e5m6` is 12 bits a value in 1x128
