@@ -15,6 +15,7 @@ import transformer_engine_torch as tex  # noqa: E402  isort: skip
 from transformer_engine.pytorch import Float8BlockQuantizer  # noqa: E402
 from transformer_engine.pytorch.cpp_extensions import general_gemm  # noqa: E402
 
+from dsv3_train.precision.formats import E4M3 as E4M3_FORMAT  # noqa: E402
 from dsv3_train.precision.reference import BLOCK, COLUMN_TILE, TILE, block_gemm, quantise  # noqa: E402
 
 E4M3 = tex.DType.kFloat8E4M3
@@ -120,3 +121,44 @@ def test_gemm(layout, power_of_2):
     # Tensor cores add with about 14 bits within 128 products (TR 3.3.2): FP32 summation, that much less exact.
     assert error(got) < 2 * error(hardware)
     assert error(got) < 3e-4
+
+
+@pytest.mark.parametrize("power_of_2", [True, False], ids=["power of 2", "fp32"])
+def test_imbalanced_gradients(power_of_2):
+    """Tokens over 6 decades, by TE: 1x128 keeps every one, 128x128 and a scale per tensor lose the small (TR B.2)."""
+    from transformer_engine.pytorch import Float8CurrentScalingQuantizer
+
+    from dsv3_train.numerics.imbalance import reference, study
+
+    per_tensor = Float8CurrentScalingQuantizer(E4M3, device="cuda", force_pow_2_scales=power_of_2)
+    ways = {name: quantiser(TILES[name], power_of_2) for name in ("1x128", "128x128")} | {"per tensor": per_tensor}
+    tiles = {**TILES, "per tensor": None}
+    weight = reference(BLOCK, E4M3_FORMAT, power_of_2)
+    for name, way in ways.items():
+        row = {}
+        for decades in (0, 3, 4, 5, 6):
+            options = {"weight": weight, "decades": (decades,), "device": "cuda"}
+            (theirs,) = study(lambda x, way=way: way(x).dequantize(), **options)
+            (ours,) = study(reference(tiles[name], E4M3_FORMAT, power_of_2), **options)
+            row[decades] = (round(theirs.p95, 4), round(ours.p95, 4))
+            assert theirs.p95 == pytest.approx(ours.p95, rel=0.02)
+        print(name, power_of_2, row)
+        assert row[0][0] < 0.06
+        assert (row[6][0] < 0.06) == (name == "1x128")
+        assert name == "1x128" or row[6][0] > 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32 source"])
+@pytest.mark.parametrize("fmt", ["e4m3", "e5m6"])
+@pytest.mark.parametrize("name", CASES)
+def test_tiles(name, fmt, dtype):
+    """What travels and what waits, in the bits that the CPU makes."""
+    from dsv3_train.precision.formats import E5M6
+    from dsv3_train.precision.tiles import to_tiles
+
+    x = _data(name, dtype)
+    kind = E4M3_FORMAT if fmt == "e4m3" else E5M6
+    got, expected = to_tiles(x, kind), to_tiles(x.cpu(), kind)
+    assert torch.equal(got.codes.cpu(), expected.codes)
+    assert torch.equal(got.exponents.cpu(), expected.exponents)
+    assert torch.equal(got.values(dtype).cpu(), expected.values(dtype))
