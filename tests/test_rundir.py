@@ -8,6 +8,7 @@ import os
 import pytest
 import yaml
 
+from dsv3_train.checkpoint import directory
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.load import dump, load
 from dsv3_train.training.rundir import open_run_dir
@@ -86,3 +87,12 @@ def test_a_machine_without_git(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", os.devnull)
     open_with(tmp_path)
     assert json.loads((tmp_path / "environment.json").read_text())["commit"] is None
+
+
+def test_of_damaged_checkpoints_the_newest_two_stay(tmp_path):
+    """A disk that damages one after the other is not filled by what was set aside."""
+    for step in (10, 30, 20, 40):
+        path = directory.step_path(tmp_path, step)
+        path.mkdir()
+        directory.set_aside(path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000030.damaged", "step_00000040.damaged"]

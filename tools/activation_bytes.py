@@ -54,9 +54,10 @@ def stand_in_for_peers() -> None:
         return _Done() if asynchronous else None
 
     def all_to_all(out, x, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
-        sizes = output_split_sizes or [out.size(0) // dist.get_world_size(group)] * dist.get_world_size(group)
+        count = dist.get_world_size(group)
+        sizes = [out.size(0) // count] * count if output_split_sizes is None else list(output_split_sizes)
         start = 0
-        for size in sizes:  # each peer sends what we would send to one
+        for size in map(int, sizes):  # each peer sends what we would send to one
             taken = 0
             while taken < size:
                 piece = min(size - taken, x.size(0))

@@ -12,6 +12,8 @@ from dsv3_train.errors import UserError
 _STEP = re.compile(r"step_(\d{8,})")
 UNFINISHED = ".unfinished"
 DAMAGED = ".damaged"
+_DAMAGED_KEPT = 2
+"""Of those set aside, the newest: enough to look into, and no disk is filled by a disk that fails."""
 
 
 def step_path(root: Path, step: int) -> Path:
@@ -47,10 +49,12 @@ def damaged(root: Path) -> list[Path]:
 
 
 def set_aside(path: Path) -> None:
-    """Rename a checkpoint that must not be resumed from; the space is its owner's to free."""
+    """Rename a checkpoint that must not be resumed from; of all of them the newest two stay."""
     aside = path.with_name(path.name + DAMAGED)
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
+    for old in damaged(path.parent)[_DAMAGED_KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def discard_after(root: Path, step: int) -> None:
