@@ -70,6 +70,19 @@ def test_held_until_the_gradient(fmt):
     torch.testing.assert_close(weight.grad, expected.t() @ torch.ones(40, 8), rtol=1e-6, atol=0)
 
 
+def test_nothing_is_left_after_the_backward_pass():
+    """Also while the graph's nodes live on, as those of Transformer Engine's functions do."""
+    x = data().requires_grad_()
+    middle = x * 1.0
+    out = middle @ torch.ones(384, 8)
+    hold(middle, E4M3, until=out)
+    out.sum().backward(retain_graph=True)
+    (hook,) = out._backward_hooks.values()
+    kept = [cell.cell_contents for cell in hook.__closure__]
+    assert [] in kept  # what waited
+    assert not any(isinstance(one, (torch.Tensor, torch.UntypedStorage)) for one in kept)
+
+
 def test_nothing_is_held_without_gradients():
     x = data()
     with torch.no_grad():

@@ -20,16 +20,20 @@ def hold(x: torch.Tensor, fmt: Format, until: torch.Tensor) -> None:
     """
     if not until.requires_grad or not x.numel():
         return
-    storage, shape, size = x.untyped_storage(), x.shape, x.untyped_storage().nbytes()
+    storage, size = x.untyped_storage(), x.untyped_storage().nbytes()
     if not x.is_contiguous() or size != x.numel() * x.element_size():
-        raise RuntimeError(f"a tensor {tuple(shape)} of a larger storage cannot wait in {fmt.name}")
-    dtype, waiting = x.dtype, [to_tiles(x.detach().flatten(0, -2), fmt)]
+        raise RuntimeError(f"a tensor {tuple(x.shape)} of a larger storage cannot wait in {fmt.name}")
+    x_th = x.detach().flatten(0, -2)
+    dtype, shape, waiting = x.dtype, x_th.shape, [(storage, to_tiles(x_th, fmt))]
     storage.resize_(0)
+    del x_th, storage  # only `waiting` has it: the hook can outlive the backward pass, with the graph's nodes
 
     def restore(_gradient: torch.Tensor) -> None:
-        # Into the storage, as Megatron-core's recomputation does: a copy into the tensor would count as a change of
-        # what backward functions keep.
+        # Into the storage, beside the tensor: a write to that would count as a change of what backward functions keep.
+        storage, tiles = waiting.pop()
         storage.resize_(size)
-        storage.copy_(waiting.pop().values(dtype).untyped_storage())
+        tiles.values(
+            dtype, out=torch.empty(0, dtype=dtype, device=storage.device).set_(storage, 0, shape, (shape[1], 1))
+        )
 
     until.register_hook(restore)

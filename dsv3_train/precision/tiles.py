@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from dsv3_train.precision.formats import E4M3, E5M6, Format
 from dsv3_train.precision.reference import TILE, quantise
@@ -29,16 +28,21 @@ class Tiles:
     """Bytes [t, ceil(h / 128)]: what a code's value is multiplied by is 2^(byte - 127)."""
     format: Format
 
-    def values(self, dtype: torch.dtype) -> torch.Tensor:
-        """Dequantised [t, h]; exact in BF16 as in FP32."""
+    def values(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Dequantised [t, h], in `out` if it is given; exact in BF16 as in FP32."""
         # BF16 has FP32's range and all bits of either format, so that nothing is rounded on the way.
         if self.format is E5M6:
             values = E5M6.decode(_unpacked(self.codes)).to(dtype)
         else:
             values = self.codes.view(torch.float8_e4m3fn).to(dtype)
-        width = values.size(1)
-        tiles = F.pad(values, (0, -width % _LENGTH)).unflatten(1, (-1, _LENGTH))
-        return (tiles * _powers(self.exponents, dtype).unsqueeze(2)).flatten(1)[:, :width].contiguous()
+        out = torch.empty_like(values) if out is None else out
+        powers, whole = _powers(self.exponents, dtype), values.size(1) // _LENGTH * _LENGTH
+        if whole:
+            values_tl, out_tl = (x[:, :whole].unflatten(1, (-1, _LENGTH)) for x in (values, out))
+            torch.mul(values_tl, powers[:, : whole // _LENGTH, None], out=out_tl)
+        if whole < values.size(1):
+            torch.mul(values[:, whole:], powers[:, -1:], out=out[:, whole:])
+        return out
 
 
 def to_tiles(x_th: torch.Tensor, fmt: Format = E4M3) -> Tiles:

