@@ -96,6 +96,9 @@ def test_parameters(recipe):
         ("pipeline", "communication_sms", 20),  # TR 3.2.2
         ("precision", "params", "bf16"),  # TR 3.3.1
         ("precision", "fp8", "blockwise"),  # TR 3.3.2
+        ("precision", "fp8_dispatch", True),  # TR 3.3.3
+        ("precision", "swiglu_input", "fp8"),  # TR 3.3.3
+        ("precision", "attention_output", "e5m6"),  # TR 3.3.3
         ("precision", "adam_moments", "bf16"),  # TR 3.3.3
         ("optim", "beta1", 0.9),  # TR 4.2
         ("optim", "beta2", 0.95),  # TR 4.2

@@ -14,6 +14,14 @@ _E4M3, _E5M6 = 1 + 1 / 128, 1.5 + 1 / 128
 """Bytes of a value in the tiles of precision/tiles.py."""
 
 
+def countable(recipe: Recipe) -> bool:
+    """Whether `moe_layer_bytes` knows the layers: BF16 on GPUs, no tensor parallelism, one of these recomputations."""
+    known = {"layernorm", "mla_up_proj", "moe_act"}
+    on_gpu = recipe.precision.params == "bf16" and recipe.runtime.device != "cpu"
+    has_experts = recipe.model.first_k_dense_replace < recipe.model.num_hidden_layers
+    return on_gpu and has_experts and recipe.parallel.tensor == 1 and set(recipe.training.recompute) <= known
+
+
 def moe_layer_bytes(recipe: Recipe, tokens: int) -> dict[str, int]:
     """By what they are, for `tokens` tokens of one rank, as many of whose peers' it gets for its experts.
 

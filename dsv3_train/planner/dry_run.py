@@ -7,6 +7,7 @@ import os
 from dataclasses import asdict
 
 from dsv3_train.optim.schedules import Schedules
+from dsv3_train.planner.activations import countable, moe_layer_bytes
 from dsv3_train.recipe.load import load
 from dsv3_train.recipe.schema import Recipe
 
@@ -35,12 +36,21 @@ def dry_run(ref: str, overrides: list[str], as_json: bool) -> None:
         "total_steps": schedules.total_steps,
         "total_tokens": schedules.total_tokens,
         "stages": [asdict(stage) for stage in counted.stages],
+        "moe_layer_activation_bytes": _activations(recipe),
         "schedule": [_at(recipe, schedules, share) for share in _SHOWN],
     }
     if as_json:
         print(json.dumps(report))
     else:
         _print(recipe, report, ref, overrides)
+
+
+def _activations(recipe: Recipe) -> dict[str, int] | None:
+    """Of one layer and micro-batch in flight, by what they are; None where nobody has counted."""
+    if not countable(recipe):
+        return None
+    training = recipe.training
+    return moe_layer_bytes(recipe, training.sequence_length * training.micro_batch_size // recipe.parallel.context)
 
 
 def _at(recipe: Recipe, schedules: Schedules, share: float) -> dict:
@@ -68,6 +78,9 @@ def _print(recipe: Recipe, report: dict, ref: str, overrides: list[str]) -> None
         f"{recipe.precision.params}, FP8 {recipe.precision.fp8}"
     )
     console.print(f"{report['total_tokens']:,} tokens in {report['total_steps']:,} steps")
+    if report["moe_layer_activation_bytes"]:
+        gib = sum(report["moe_layer_activation_bytes"].values()) / 2**30
+        console.print(f"{gib:.2f} GiB of activations per MoE layer and micro-batch in flight, counted from shapes")
     table = Table(title="Stages (E embedding, t layer, m MTP, L output head)")
     for heading in ("pipeline rank", "virtual stage", "layers", "parameters", "per process"):
         table.add_column(heading, justify="left" if heading == "layers" else "right")
