@@ -22,7 +22,7 @@ def prepare(
         list[str],
         typer.Argument(
             help="Text files (one document each), JSONL files (one document per line), either plain, .gz or .zst; "
-            "directories; globs; python-stdlib.",
+            "directories; globs; python-stdlib; python-packages.",
             metavar="INPUT...",
         ),
     ],

@@ -251,6 +251,15 @@ def test_python_stdlib_is_a_corpus():
     assert len(found) > 300
 
 
+def test_packages_are_those_of_this_python(tmp_path, monkeypatch):
+    for path in ("one/__init__.py", "one/data.json", "two/deep/er.py", ".hidden/no.py"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("x = 1\n")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))  # purelib and platlib are often one
+    names = sorted(file.name for file in find(["python-packages"]))
+    assert names == ["python-packages/one/__init__.py", "python-packages/two/deep/er.py"]
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
     """A dataset of 24 shards, of x.jsonl in the same directory."""

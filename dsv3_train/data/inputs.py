@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dsv3_train.errors import UserError
 
-STDLIB = "python-stdlib"
+STDLIB, PACKAGES = "python-stdlib", "python-packages"
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _COMPRESSED = {".gz", ".zst"}
 _LINES = {".jsonl", ".ndjson", ".json"}
@@ -70,6 +70,11 @@ def _files_of(given: str) -> Iterator[tuple[str, str, str]]:
         for path, relative in _walk(root):
             if relative.endswith(".py") and not _NOT_STDLIB.intersection(Path(relative).parts):
                 yield path, f"{STDLIB}/{relative}", relative
+    elif given == PACKAGES:
+        for root in sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")}):
+            for path, relative in _walk(root):
+                if relative.endswith(".py"):
+                    yield path, f"{PACKAGES}/{relative}", relative
     elif os.path.isdir(given):
         for path, relative in _walk(given):
             yield path, path, relative

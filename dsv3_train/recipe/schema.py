@@ -163,7 +163,8 @@ class Prepare(Section):
     """Data that a run prepares itself when it is not there yet (same settings as `dsv3 data prepare`)."""
 
     inputs: list[str] = Field(min_length=1)
-    """Files, directories or globs; `python-stdlib` is the source of Python's standard library."""
+    """Files, directories or globs; `python-stdlib` is the source of Python's standard library, `python-packages` that
+    of the packages installed beside it."""
     output: str
     """Prefix of the indexed dataset to write."""
     tokenizer: Union[str, None] = None
