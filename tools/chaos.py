@@ -114,7 +114,7 @@ class Job:
                 )
                 code = self.process.wait()
             self.codes.append(code)
-            self.finished = code == 0
+            self.finished = self.finished or code == 0
             if code in (1, 2):
                 self.broken = f"ended with exit code {code}: see {self.directory / 'output.txt'}"
 

@@ -126,3 +126,23 @@ def test_overlapped_pairs(run, schedule):
         results[overlap] = run(settings, steps=2)
     assert (results[True]["paired"] > 0, results[False]["paired"]) == (True, 0)
     assert_same(results[True], results[False], tolerance=1e-9)
+
+
+@pytest.mark.slow
+def test_overlapped_pairs_of_the_reports_activations(run):
+    """The same with tokens and activations in few bits, and all that the 671B recipe recomputes."""
+    results = {}
+    for overlap in (False, True):
+        few_bits = {"fp8_dispatch": True, "swiglu_input": "fp8", "attention_output": "e5m6"}
+        settings = recipe(
+            "dualpipe",
+            "pp2_ep2",
+            6,
+            parallel={"zero1": True},
+            pipeline={"overlap_pairs": overlap},
+            precision={"params": "bf16", "adam_moments": "fp32", **few_bits},
+            training={"recompute": ["layernorm", "mla_up_proj", "moe_act"]},
+        )
+        results[overlap] = run(settings, steps=2)
+    assert results[True]["paired"] > 0
+    assert_same(results[True], results[False], tolerance=1e-9)

@@ -156,7 +156,7 @@ def test_tiles(name, fmt, dtype):
     from dsv3_train.precision.formats import E5M6
     from dsv3_train.precision.tiles import to_tiles
 
-    x = _data(name, dtype)
+    x = _data(name, dtype)[:509].contiguous()  # any number of tokens travels
     kind = E4M3_FORMAT if fmt == "e4m3" else E5M6
     got, expected = to_tiles(x, kind), to_tiles(x.cpu(), kind)
     assert torch.equal(got.codes.cpu(), expected.codes)

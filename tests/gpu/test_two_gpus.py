@@ -47,29 +47,34 @@ def test_pairs_overlap(tmp_path, fp8):
         assert paired["step_ms"] < plain["step_ms"]
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "dualpipe", "dualpipev", "zb1p"])
-def test_schedules(tmp_path, schedule):
-    """BF16 on two GPUs as on one."""
+def two_as_one(tmp_path, one: dict, two: dict) -> None:
+    """BF16 on two GPUs as on one: losses of three steps, every gradient of the first."""
 
-    def recipe(**parallel):
-        kind = {"schedule": schedule if parallel else "1f1b"}
-        return tiny(
-            model=MODEL,
-            training={"sequence_length": 128},
-            runtime={"device": "cuda"},
-            precision={"params": "bf16"},
-            parallel={"zero1": True, **parallel},
-            pipeline=kind,
-        )
+    def recipe(changes: dict) -> Recipe:
+        parallel = {"zero1": True, **changes.pop("parallel", {})}
+        precision = {"params": "bf16", **changes.pop("precision", {})}
+        training, runtime = {"sequence_length": 128}, {"device": "cuda"}
+        return tiny(model=MODEL, training=training, runtime=runtime, precision=precision, parallel=parallel, **changes)
 
-    torchrun("train", recipe(), tmp_path / "one", 1)
-    torchrun("train", recipe(world_size=2, pipeline=2), tmp_path / "two", 2)
-    one, two = (
-        [torch.load(tmp_path / where / f"{rank}.pt", weights_only=False) for rank in range(count)]
-        for where, count in (("one", 1), ("two", 2))
-    )
-    for result in two:
-        torch.testing.assert_close(result["losses"], one[0]["losses"], rtol=2e-3, atol=0)
+    torchrun("train", recipe(one), tmp_path / "one", 1)
+    torchrun("train", recipe(two), tmp_path / "two", 2)
+    first = torch.load(tmp_path / "one" / "0.pt", weights_only=False)
+    for rank in range(2):
+        result = torch.load(tmp_path / "two" / f"{rank}.pt", weights_only=False)
+        torch.testing.assert_close(result["losses"], first["losses"], rtol=2e-3, atol=0)
     expected, got = whole(tmp_path / "one", 1, "gradients"), whole(tmp_path / "two", 2, "gradients")
     errors = {name: float((got[name] - x).norm() / x.norm()) for name, x in expected.items()}
     assert max(errors.values()) < 0.1, max(errors.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipe", "dualpipev", "zb1p"])
+def test_schedules(tmp_path, schedule):
+    two = {"parallel": {"world_size": 2, "pipeline": 2}, "pipeline": {"schedule": schedule}}
+    two_as_one(tmp_path, {}, two)
+
+
+def test_fp8_dispatch(tmp_path):
+    """Over NCCL as in one process, which quantises too."""
+    precision = {"fp8_dispatch": True}
+    two = {"parallel": {"world_size": 2, "expert": 2}, "precision": dict(precision)}
+    two_as_one(tmp_path, {"precision": dict(precision)}, two)
