@@ -12,6 +12,7 @@ from dsv3_train.errors import UserError
 from dsv3_train.recipe.compose import shipped
 from dsv3_train.recipe.load import diff, dump, load, schema
 from dsv3_train.recipe.quantity import Steps
+from dsv3_train.recipe.schema import NO_FP8, Precision
 
 TINY = Path(__file__).parent / "recipes" / "tiny.yaml"
 
@@ -247,3 +248,11 @@ def test_the_schema_describes_every_key_and_lets_a_number_be_a_schedule():
     assert "required" not in sections["Model"]  # a base may give the rest
     assert {"type": "number"} in sections["Schedule"]["properties"]["lr"]["anyOf"]
     assert "Tokens per sequence." in sections["Training"]["properties"]["sequence_length"]["description"]
+
+
+def test_no_fp8_is_all_of_it():
+    """Whatever the recipe keeps, sends or multiplies in few bits, also where recomputation is off."""
+    plain = load("dsv3_671b_2048xh800", [*NO_FP8, "training.recompute=[]", "data.train=[{path: unused}]"]).precision
+    default = Precision()
+    differ = {name for name in Precision.model_fields if getattr(plain, name) != getattr(default, name)}
+    assert differ == {"power_of_2_scales"}  # of nothing then

@@ -10,14 +10,14 @@ from dsv3_train.checkpoint.hf.origin import FOLDER
 from dsv3_train.data.tokenizer import Tokenizer, tokenizer_path
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.load import load
-from dsv3_train.recipe.schema import Recipe
+from dsv3_train.recipe.schema import NO_FP8, Recipe
 from dsv3_train.runtime import distributed
 from dsv3_train.runtime.launch import launch
 
 _ONE_PROCESS = [
     "parallel={world_size: 1}",
     "pipeline={}",
-    "precision.fp8=none",
+    *NO_FP8,
     "precision.adam_moments=fp32",
     "model.num_nextn_predict_layers=0",  # Multi-Token Prediction only serves training here
     "schedule.mtp_weight=0",

@@ -12,14 +12,9 @@ from typing import get_args
 from dsv3_train.errors import UserError
 from dsv3_train.numerics.comparable import differences
 from dsv3_train.recipe.load import load
-from dsv3_train.recipe.schema import Precision, Recipe
+from dsv3_train.recipe.schema import NO_FP8, Precision, Recipe
 
 BASELINE = "none"
-_PLAIN = (
-    "precision.fp8=none", "precision.fp8_params=false", "precision.fp8_dispatch=false", "precision.swiglu_input=full",
-    "precision.attention_output=full",
-)  # fmt: skip
-"""No FP8 anywhere, whatever the recipe says."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,7 @@ def _overrides(variant: str) -> list[str]:
     if name not in known:
         raise UserError(f"--variants: {first!r} is no precision.fp8; there are {', '.join(known)}")
     within = [part if "." in part.partition("=")[0] else f"precision.{part}" for part in more]
-    return [*(_PLAIN if name == BASELINE else [f"precision.fp8={name}"]), *within]
+    return [*(NO_FP8 if name == BASELINE else [f"precision.fp8={name}"]), *within]
 
 
 def _planned(out: Path, name: str, ref: str, overrides: list[str], *, seed: bool = False) -> Planned:

@@ -64,9 +64,9 @@ def _by_transformer_engine(x_th: torch.Tensor) -> Tiles:
     quantiser = te.Float8BlockQuantizer(
         tex.DType.kFloat8E4M3, rowwise=True, columnwise=False, force_pow_2_scales=True, block_scaling_dim=1
     )
-    done = quantiser(x_th)
-    scales = done._rowwise_scale_inv[:, : x_th.size(0)].t()  # its rows are tiles, its columns padded tokens
-    return Tiles(done._rowwise_data, _exponents(scales), E4M3)
+    done = quantiser(x_th).get_metadata()
+    scales = done["rowwise_scale_inv"][:, : x_th.size(0)].t()  # its rows are tiles, its columns padded tokens
+    return Tiles(done["rowwise_data"], _exponents(scales), E4M3)
 
 
 def _exponents(scale_inverse: torch.Tensor) -> torch.Tensor:

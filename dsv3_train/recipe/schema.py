@@ -153,6 +153,16 @@ class Precision(Section):
     """Type of Adam's first and second moment."""
 
 
+NO_FP8 = (
+    "precision.fp8=none",
+    "precision.fp8_params=false",
+    "precision.fp8_dispatch=false",
+    "precision.swiglu_input=full",
+    "precision.attention_output=full",
+)
+"""Overrides after which nothing is in few bits, whatever a recipe says."""
+
+
 class Dataset(Section):
     path: str
     """Prefix of an indexed dataset (`PATH.bin`, `PATH.idx`), as `dsv3 data prepare` writes it."""
