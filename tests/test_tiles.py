@@ -8,7 +8,7 @@ import torch
 from dsv3_train.precision.caches import hold
 from dsv3_train.precision.formats import E4M3, E5M6
 from dsv3_train.precision.reference import TILE, quantise
-from dsv3_train.precision.tiles import to_tiles
+from dsv3_train.precision.tiles import of_message, to_message, to_tiles
 
 FORMATS = pytest.mark.parametrize("fmt", [E4M3, E5M6], ids=["e4m3", "e5m6"])
 
@@ -40,6 +40,13 @@ def test_bytes(fmt):
     tiles = to_tiles(data(), fmt)
     assert tiles.codes.nbytes == 40 * 384 * (1 if fmt is E4M3 else 1.5)
     assert tiles.exponents.nbytes == 40 * 3
+
+
+def test_a_message_is_codes_and_exponents():
+    x = data()
+    message = to_message(x)
+    assert message.shape == (40, 384 + 3)
+    assert torch.equal(of_message(message, 384).values(torch.float32), to_tiles(x).values(torch.float32))
 
 
 def test_nan_stays():

@@ -13,8 +13,7 @@ from megatron.core.tensor_parallel import all_to_all
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from dsv3_train.precision.formats import E4M3
-from dsv3_train.precision.tiles import Tiles, to_tiles
+from dsv3_train.precision.tiles import of_message, to_message
 
 Splits = list[int]
 
@@ -65,11 +64,9 @@ def _send(x_th: torch.Tensor, group: dist.ProcessGroup, to: Splits, of: Splits, 
     """Rows of [t, h] to the ranks of a group; `to` and `of` are the rows that come from, and go to, each."""
     if not quantised:
         return _exchange(x_th.contiguous(), group, to, of)
-    tiles = to_tiles(x_th.contiguous(), E4M3)
-    width = tiles.codes.size(1)
     # In a group of one as well, so that the numbers of a run do not depend on its expert-parallel size.
-    message = _exchange(torch.cat([tiles.codes, tiles.exponents], 1), group, to, of)
-    return Tiles(message[:, :width].contiguous(), message[:, width:], E4M3).values(x_th.dtype)
+    message = _exchange(to_message(x_th.contiguous()), group, to, of)
+    return of_message(message, x_th.size(1)).values(x_th.dtype)
 
 
 def _exchange(x: torch.Tensor, group: dist.ProcessGroup, to: Splits, of: Splits) -> torch.Tensor:

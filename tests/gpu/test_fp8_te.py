@@ -154,8 +154,10 @@ def test_imbalanced_gradients(power_of_2):
 def test_tiles(name, fmt, dtype):
     """What travels and what waits, in the bits that the CPU makes."""
     from dsv3_train.precision.formats import E5M6
+    from dsv3_train.precision import tiles
     from dsv3_train.precision.tiles import to_tiles
 
+    assert tiles._kernels() is not None
     x = _data(name, dtype)[:509].contiguous()  # any number of tokens travels
     kind = E4M3_FORMAT if fmt == "e4m3" else E5M6
     got, expected = to_tiles(x, kind), to_tiles(x.cpu(), kind)
