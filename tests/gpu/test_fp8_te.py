@@ -153,8 +153,8 @@ def test_imbalanced_gradients(power_of_2):
 @pytest.mark.parametrize("name", CASES)
 def test_tiles(name, fmt, dtype):
     """What travels and what waits, in the bits that the CPU makes."""
-    from dsv3_train.precision.formats import E5M6
     from dsv3_train.precision import tiles
+    from dsv3_train.precision.formats import E5M6
     from dsv3_train.precision.tiles import to_tiles
 
     assert tiles._kernels() is not None
