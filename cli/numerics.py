@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from typer.core import TyperCommand
+
+from dsv3_cli.reports import tell
 
 if TYPE_CHECKING:
     from dsv3_train.numerics.plan import Planned
@@ -167,21 +169,7 @@ def _report(
         written = write_comparison(out, figures, curves)
     from dsv3_train.numerics.table import show
 
-    _tell(figures, show, written, as_json)
-
-
-def _tell(figures: dict[str, Any], show: Callable[..., None], written: list[Path], as_json: bool) -> None:
-    """As one JSON object, or as tables and the names of the files."""
-    if as_json:
-        from dsv3_train.profiling.report import as_json as to_json
-
-        print(to_json(figures))
-        return
-    from rich.console import Console
-
-    show(figures, Console())
-    for path in written:
-        print(f"wrote {path}")
+    tell(figures, show, written, as_json)
 
 
 def _bound(text: str) -> float:
@@ -218,4 +206,4 @@ def formats(
         written = write_study(out, figures)
     from dsv3_train.numerics.imbalance_report import show
 
-    _tell(figures, show, written, as_json)
+    tell(figures, show, written, as_json)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from dsv3_cli.reports import tell
+
 if TYPE_CHECKING:
     from dsv3_train.profiling.work import Work
     from dsv3_train.training.profile import Plan
@@ -43,24 +45,15 @@ def analyze(
     Example: dsv3 profile analyze trace.json.gz --html report.html
     """
     from dsv3_train.profiling.classes import table
-    from dsv3_train.profiling.report import as_json as to_json
     from dsv3_train.profiling.report import report
+    from dsv3_train.profiling.table import show
     from dsv3_train.profiling.work import works
 
     chosen = table(classes)
     found = works(_read(traces, quiet=as_json), chosen)
     figures = report(found)
     written = write_report(found, figures, out=out, html=html, png=png)
-    if as_json:
-        print(to_json(figures))
-        return
-    from rich.console import Console
-
-    from dsv3_train.profiling.table import show
-
-    show(figures, Console())
-    for path in written:
-        print(f"wrote {path}")
+    tell(figures, show, written, as_json)
 
 
 def _read(paths: list[Path], quiet: bool) -> list:
@@ -156,8 +149,8 @@ def _report_run(plan: Plan, as_json: bool) -> None:
 
     from dsv3_train.profiling.classes import table
     from dsv3_train.profiling.pipeline_page import write_pipelines
-    from dsv3_train.profiling.report import as_json as to_json
     from dsv3_train.profiling.report import report
+    from dsv3_train.profiling.table import show, show_pipelines
     from dsv3_train.profiling.work import works
     from dsv3_train.training.profile import trace_of
 
@@ -169,18 +162,12 @@ def _report_run(plan: Plan, as_json: bool) -> None:
     figures["speed"] = {key: timed[key] for key in speed}
     figures["pipelines"], drawn, section = write_pipelines(plan.out, timed)
     written = [*traces, *drawn, *write_report(found, figures, out=plan.out, more=section)]
-    if as_json:
-        print(to_json(figures))
-        return
-    from rich.console import Console
 
-    from dsv3_train.profiling.table import show, show_pipelines
+    def show_all(figures: dict[str, Any], console: Any) -> None:
+        show(figures, console)
+        show_pipelines(figures, console)
 
-    console = Console()
-    show(figures, console)
-    show_pipelines(figures, console)
-    for path in written:
-        print(f"wrote {path}")
+    tell(figures, show_all, written, as_json)
 
 
 @app.command()

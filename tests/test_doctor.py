@@ -88,6 +88,7 @@ def test_nothing_lacks(machine, overrides, gib):
         (LAPTOP, ["parallel.world_size=8", "schedule.batch_size=32"], 0.1, "warning", "8 processes share 4 cores"),
         (GPU_NODE, [], 1, "error", "CUDA_VISIBLE_DEVICES="),
         (without(GPU_NODE, "transformer-engine"), ["runtime.device=cuda"], 1, "error", "no transformer-engine"),
+        (GPU_NODE, ["runtime.device=cuda", FP8, "precision.fp8=mxfp8"], 1, "error", "mxfp8 needs Blackwell"),
         (
             without(GPU_NODE, "fp8-blockwise"),
             ["runtime.device=cuda", FP8],

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from dsv3_train.precision.emulated import BlockScaled
 from dsv3_train.precision.reference import BLOCK, COLUMN_TILE, TILE, block_gemm, quantise
-from dsv3_train.runtime import distributed
-from dsv3_train.runtime.launch import _free_port, _rank_environment
-from parity import batch, tiny
+from parity import assembled, batch, tiny
 
 KINDS = ["linear", "grouped", "parallel"]
 
@@ -19,16 +15,8 @@ KINDS = ["linear", "grouped", "parallel"]
 @pytest.fixture(scope="module")
 def trainer():
     """A model in emulated FP8."""
-    distributed.prepare_import("cpu")
-    from dsv3_train.training.assemble import assemble
-
-    recipe = tiny(precision={"fp8": "emulated"})
-    os.environ.update(_rank_environment(0, 1, _free_port()))
-    distributed.start(recipe, "cpu")
-    yield assemble(recipe, "cpu")
-    distributed.stop()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        os.environ.pop(name, None)
+    with assembled(tiny(precision={"fp8": "emulated"})) as parts:
+        yield parts
 
 
 def spread(rows: int, columns: int, seed: int) -> torch.Tensor:

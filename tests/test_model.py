@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
-from dsv3_train.runtime import distributed
-from dsv3_train.runtime.launch import _free_port, _rank_environment
-from parity import batch, tiny
+from parity import assembled, batch, tiny
 
 
 @pytest.fixture(scope="module")
 def trainer():
-    distributed.prepare_import("cpu")
-    from dsv3_train.training.assemble import assemble
-
-    recipe = tiny()
-    os.environ.update(_rank_environment(0, 1, _free_port()))
-    distributed.start(recipe, "cpu")
-    yield assemble(recipe, "cpu")
-    distributed.stop()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        os.environ.pop(name, None)
+    with assembled(tiny()) as parts:
+        yield parts
 
 
 def test_grouped_experts_equal_sequential_ones(trainer):

@@ -87,8 +87,8 @@ def stand_in_for_peers() -> None:
 
 def recipe_of(layers: int, recompute: list[str], precision: dict[str, str]) -> Any:
     from dsv3_train.recipe.load import load
+    from dsv3_train.recipe.schema import NO_FP8
 
-    off = {"fp8": "none", "fp8_dispatch": "false", "swiglu_input": "full", "attention_output": "full"}
     return load(
         "dsv3_671b_2048xh800",
         [
@@ -101,7 +101,8 @@ def recipe_of(layers: int, recompute: list[str], precision: dict[str, str]) -> A
             "schedule.mtp_weight=0",
             f"training.recompute=[{', '.join(recompute)}]",
             "data.train=[{path: unused}]",
-            *(f"precision.{key}={value}" for key, value in {**off, **precision}.items()),
+            *NO_FP8,
+            *(f"precision.{key}={value}" for key, value in precision.items()),
         ],
     )
 

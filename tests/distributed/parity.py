@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import multiprocessing
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsv3_train.recipe.schema import Recipe
-from dsv3_train.runtime.launch import launch
+from dsv3_train.runtime import distributed
+from dsv3_train.runtime.launch import _free_port, _rank_environment, launch
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -78,6 +81,20 @@ def batch(recipe: Recipe, step: int, index: int, lengths: tuple[int, ...] = ()) 
     }
 
 
+@contextlib.contextmanager
+def assembled(recipe: Recipe) -> Iterator[Any]:
+    """The parts of a run of one process, in this process."""
+    distributed.prepare_import("cpu")
+    from dsv3_train.training.assemble import assemble
+
+    os.environ.update(_rank_environment(0, 1, _free_port()))
+    distributed.start(recipe, "cpu")
+    yield assemble(recipe, "cpu")
+    distributed.stop()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+
+
 def in_processes(work: Callable[[], None], world_size: int) -> None:
     """Run `work` in forked processes, also where one would do: Megatron's state is global."""
     if world_size > 1:
@@ -106,7 +123,6 @@ def train(
     from megatron.core import parallel_state
 
     from dsv3_train.optim.schedules import Schedules
-    from dsv3_train.runtime import distributed
     from dsv3_train.training.assemble import assemble
     from dsv3_train.training.step import (
         evaluate,

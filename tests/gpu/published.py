@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsv3_train.recipe.load import load
-from dsv3_train.recipe.schema import Recipe
+from dsv3_train.recipe.schema import NO_FP8, Recipe
 
 
 def published(layers: int, experts: int, gpus: int = 1, **precision: str) -> Recipe:
@@ -11,7 +11,6 @@ def published(layers: int, experts: int, gpus: int = 1, **precision: str) -> Rec
 
     Every option of precision and recomputation is off but those named.
     """
-    off = {"fp8": "none", "fp8_dispatch": "false", "swiglu_input": "full", "attention_output": "full"}
     return load(
         "dsv3_671b_2048xh800",
         [
@@ -28,6 +27,7 @@ def published(layers: int, experts: int, gpus: int = 1, **precision: str) -> Rec
             "training.recompute=[]",
             "optim.ema_decay=null",
             "data.train=[{path: unused}]",
-            *(f"precision.{key}={value}" for key, value in {**off, **precision}.items()),
+            *NO_FP8,
+            *(f"precision.{key}={value}" for key, value in precision.items()),
         ],
     )
