@@ -2,11 +2,9 @@
 # Twice the same run and once a stopped and resumed one on a GPU, all with runtime.deterministic: the same bits?
 # bash tools/gpu_deterministic.sh DATA_PREFIX
 set -u
-at=/tmp/dsv3-path
-mkdir -p $at && ln -sfn "$PWD/cli" $at/dsv3_cli && ln -sfn "$PWD/recipes" $at/dsv3_recipes
-export PYTHONPATH=$PYTHONPATH:$at
+. tools/on_gpu.sh
 train() {
-  python3 -m dsv3_cli.main train dsv3_tiny runtime.deterministic=true runtime.run_dir="/tmp/same-$1" \
+  dsv3 train dsv3_tiny runtime.deterministic=true runtime.run_dir="/tmp/same-$1" \
     data.prepare.output="$data" training.duration="12 steps" training.eval_interval=0 schedule.batch_size=16 \
     checkpoint.interval=6 >"/tmp/same-$1.log" 2>&1 || tail -n 3 "/tmp/same-$1.log"
 }

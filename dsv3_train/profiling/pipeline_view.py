@@ -104,7 +104,7 @@ def of_pipelines(timed: dict[str, Any]) -> list[tuple[list[int], Measured]]:
     found = []
     for pipeline in timed["pipelines"]:
         ranks = list(pipeline["ranks"])
-        schedule = build(timed["kind"], len(ranks), timed["micro_batches"], timed["virtual"])
+        schedule = build(timed["kind"], len(ranks), timed["micro_batches"], timed["virtual"], timed["pairs"])
         if timed["kind"] in SCHEDULED and not timed["defer"]:
             schedule = whole_backwards(schedule)
         batches = [

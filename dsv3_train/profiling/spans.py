@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from megatron.core.pipeline_parallel import schedules
+from megatron.core.pipeline_parallel import combined_1f1b, schedules
 
 from dsv3_train.model.stage import Place
 from dsv3_train.pipeline.executor import Executor
@@ -19,8 +20,9 @@ from dsv3_train.pipeline.timeline import Timeline
 class MegatronTimeline:
     """Records what Megatron-core's schedules call for every forward and backward, with two clock readings each.
 
-    They look `forward_step` and `backward_step` up in their module at every call, which is where the two are wrapped;
-    tests/distributed/test_profile_run.py fails if they stop doing so.
+    They look `forward_step` and `backward_step`, and of overlapped pairs `combined_forward_backward_step`, up in their
+    modules at every call, which is where these are wrapped; tests/distributed/test_profile_run.py fails if they stop
+    doing so.
     """
 
     def __init__(self, chunks: Sequence[Any], places: Sequence[Place]) -> None:
@@ -38,21 +40,33 @@ class MegatronTimeline:
     @contextmanager
     def installed(self) -> Iterator[MegatronTimeline]:
         """Record until the end."""
-        forward, backward = schedules.forward_step, schedules.backward_step
-        schedules.forward_step, schedules.backward_step = (
-            self._wrapped_forward(forward),
-            self._wrapped_backward(backward),
+        wrapped = (
+            (schedules, "forward_step", self._wrapped_forward),
+            (schedules, "backward_step", self._wrapped_backward),
+            (combined_1f1b, "combined_forward_backward_step", self._wrapped_pair),
         )
+        plain = [getattr(module, name) for module, name, _ in wrapped]
+        for (module, name, wrap), function in zip(wrapped, plain, strict=True):
+            setattr(module, name, wrap(function))
         try:
             yield self
         finally:
-            schedules.forward_step, schedules.backward_step = forward, backward
+            for (module, name, _), function in zip(wrapped, plain, strict=True):
+                setattr(module, name, function)
+
+    def _forward(self, model: Any) -> Op:
+        """The next of a chunk."""
+        stage = self._place[id(model)].stage
+        self._forwards[stage] += 1
+        return Op("F", 0, stage, self._forwards[stage] - 1)
+
+    def _backward(self, output: Any) -> Op:
+        """That of the forward which made `output`."""
+        return self._of_output.pop(id(_tensor(output)))._replace(kind="B")
 
     def _wrapped_forward(self, forward: Callable) -> Callable:
         def recorded(step: Callable, iterator: Any, model: Any, *arguments: Any, **options: Any) -> Any:
-            place = self._place[id(model)]
-            op = Op("F", 0, place.stage, self._forwards[place.stage])
-            self._forwards[place.stage] += 1
+            op = self._forward(model)
             with self.timeline.span((op,)):
                 result = forward(step, iterator, model, *arguments, **options)
             self._of_output[id(_tensor(result[0]))] = op
@@ -62,9 +76,23 @@ class MegatronTimeline:
 
     def _wrapped_backward(self, backward: Callable) -> Callable:
         def recorded(inputs: Any, output: Any, *arguments: Any) -> Any:
-            op = self._of_output.pop(id(_tensor(output)))
-            with self.timeline.span((op._replace(kind="B"),)):
+            with self.timeline.span((self._backward(output),)):
                 return backward(inputs, output, *arguments)
+
+        return recorded
+
+    def _wrapped_pair(self, combined: Callable) -> Callable:
+        parameters = inspect.signature(combined)
+
+        def recorded(*arguments: Any, **options: Any) -> Any:
+            given = parameters.bind(*arguments, **options).arguments
+            forward = None if given["f_model"] is None else self._forward(given["f_model"])
+            backward = None if given["b_model"] is None else self._backward(given["b_output_tensor"])
+            with self.timeline.span(tuple(op for op in (forward, backward) if op is not None)):
+                result = combined(*arguments, **options)
+            if forward is not None:
+                self._of_output[id(_tensor(result[0]))] = forward
+            return result
 
         return recorded
 

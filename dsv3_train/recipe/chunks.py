@@ -6,8 +6,8 @@ V_SHAPED = ("zbv", "dualpipev")
 """Two stages a rank, one on each leg of a V."""
 MIRRORED = (*V_SHAPED, "dualpipe")
 """A rank's second chunk is what Megatron-core would build on the rank opposite; first and last stage share a rank."""
-PAIRING = ("dualpipe", "dualpipev")
-"""They run a forward and a backward pass as one operation."""
+PAIRING = ("dualpipe", "dualpipev", "interleaved")
+"""They can run a forward and a backward pass as one operation."""
 SCHEDULED = ("zb1p", *MIRRORED)
 """Run from our lists of operations (pipeline/); they take gradients of weights apart. Megatron-core runs the others."""
 

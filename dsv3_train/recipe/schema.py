@@ -117,9 +117,9 @@ class Pipeline(Section):
     defer_weight_gradients: bool = True
     """Compute weight gradients where the schedule says W; false: with the gradients of inputs, as 1f1b does."""
     overlap_pairs: bool = False
-    """Run the forward and backward passes that the schedule pairs (dualpipe, dualpipev) on two streams, so that the
-    dispatch and combine of each hide behind the other's computation (needs BF16 and expert parallelism). Other
-    schedules have no pairs."""
+    """Run the forward and backward passes that the schedule pairs (dualpipe, dualpipev; interleaved, where
+    Megatron-core pairs them) on two streams, so that the dispatch and combine of each hide behind the other's
+    computation (needs BF16 and expert parallelism). Other schedules have no pairs."""
     check_messages: bool = False
     """Debugging: send each tensor's place in the schedule before it, and stop on the first that does not match."""
     communication_sms: int = Field(default=20, ge=0)

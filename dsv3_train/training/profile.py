@@ -81,11 +81,22 @@ def _on_rank(recipe: Recipe, device: str, plan: Plan, done: Callable[[], None]) 
     _import(recipe, device)
     import torch
 
-    from dsv3_train.profiling.spans import Spans
     from dsv3_train.training.assemble import assemble
 
     distributed.start(recipe, device)
-    work = RandomSteps(recipe, device, assemble(recipe, device))
+    measure(RandomSteps(recipe, device, assemble(recipe, device)), plan)
+    leader = torch.distributed.get_rank() == 0
+    distributed.stop()
+    if leader:
+        done()
+
+
+def measure(work: RandomSteps, plan: Plan) -> None:
+    """Some steps timed, some traced; traces and `pipeline.json` into `plan.out`. Collective."""
+    import torch
+
+    from dsv3_train.profiling.spans import Spans
+
     for _ in range(plan.warmup):
         work.step()
     spans, seconds, recorded = Spans(work.trainer), [], []
@@ -98,13 +109,9 @@ def _on_rank(recipe: Recipe, device: str, plan: Plan, done: Callable[[], None]) 
         recorded.append(spans.last())
     gathered = _gather(recorded)
     _trace(work, plan, torch.distributed.get_rank())
-    leader = torch.distributed.get_rank() == 0
-    if leader:
+    if torch.distributed.get_rank() == 0:
         _write(plan.out / "pipeline.json", json.dumps(_timed(work, seconds, gathered), indent=1) + "\n")
     torch.distributed.barrier()
-    distributed.stop()
-    if leader:
-        done()
 
 
 class RandomSteps:
@@ -213,6 +220,7 @@ def _timed(work: RandomSteps, seconds: list[float], gathered: list[dict[str, Any
         "kind": schedule.schedule,
         "virtual": schedule.virtual_stages,
         "defer": schedule.defer_weight_gradients,
+        "pairs": schedule.schedule == "interleaved" and recipe.overlaps_pairs,  # the dual ones always have them
         "micro_batches": work.count,
         "pipelines": [
             {

@@ -8,6 +8,8 @@ which no token's choice of experts hangs on a rounding error within these steps.
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from parity import assert_same, tiny
@@ -125,6 +127,27 @@ def test_overlapped_pairs(run, schedule):
         settings = recipe(schedule, "pp2_ep2", 6, parallel={"zero1": True}, pipeline=pipeline, precision=bf16)
         results[overlap] = run(settings, steps=2)
     assert (results[True]["paired"] > 0, results[False]["paired"]) == (True, 0)
+    assert_same(results[True], results[False], tolerance=1e-9)
+
+
+def test_overlapped_pairs_of_megatrons_interleaved_schedule(run, monkeypatch, tmp_path):
+    """Its `overlap_moe_expert_parallel_comm`, which is what DualPipe is measured against."""
+    from megatron.core.pipeline_parallel import schedules
+
+    plain = schedules.combined_1f1b_schedule_for_interleaved_pipelining
+
+    def seen(*arguments, **options):
+        (tmp_path / str(os.getpid())).touch()
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(schedules, "combined_1f1b_schedule_for_interleaved_pipelining", seen)
+    results = {}
+    for overlap in (False, True):
+        layout = {"schedule": "interleaved", "virtual_stages": 2, "layout": LAYOUTS["V", 2], "overlap_pairs": overlap}
+        bf16 = {"params": "bf16", "adam_moments": "fp32"}
+        settings = recipe("1f1b", "pp2_ep2", 4, parallel={"zero1": True}, pipeline=layout, precision=bf16)
+        results[overlap] = run(settings, steps=2)
+        assert len(list(tmp_path.iterdir())) == (4 if overlap else 0)
     assert_same(results[True], results[False], tolerance=1e-9)
 
 

@@ -13,6 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from dsv3_cli import main
+from dsv3_train.pipeline.generate import build
+from dsv3_train.pipeline.operations import Compute, Op
 from dsv3_train.recipe.load import dump
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import distributed
@@ -99,6 +101,24 @@ def test_a_sleeping_rank_under_megatrons_schedules_is_named(tmp_path, monkeypatc
     assert told["findings"][0]["rank"] == 1
     assert told["ranks"][1]["ms"]["F"] > 80
     assert told["simulated_bubble_fraction"] > told["ideal_bubble_fraction"]
+
+
+def test_overlapped_pairs_of_megatrons_interleaved_schedule_are_recorded(tmp_path):
+    recipe = tiny(
+        parallel={"world_size": 4, "pipeline": 2, "expert": 2},
+        pipeline={"schedule": "interleaved", "virtual_stages": 2, "overlap_pairs": True, "layout": "Et|t|t|tmL"},
+        precision={"params": "bf16"},
+        schedule={"batch_size": 8},
+    )
+    profile(recipe, tmp_path, "--steps", 1, "--warmup", 1)
+    _, told = report(tmp_path)
+    assert [{"F", "B", "F&B"} == set(rank["ms"]) for one in told for rank in one["ranks"]] == [True] * 4
+    assert all(0 < one["simulated_bubble_fraction"] < 1 for one in told)
+    known = build("interleaved", 2, 4, 2, pairs=True)
+    for pipeline in json.loads((tmp_path / "out" / "pipeline.json").read_text())["pipelines"]:
+        for rank, (step,) in enumerate(pipeline["steps"]):
+            computed = [event.ops for event in known.events[rank] if isinstance(event, Compute)]
+            assert [tuple(Op(*op) for op in ops) for _, _, ops in step] == computed
 
 
 def _skewed(out: Path) -> None:
