@@ -46,7 +46,15 @@ def test_every_shipped_recipe_is_valid_and_named_like_its_file(name):
 
 
 def test_there_is_a_recipe_for_every_scale():
-    assert {"smoke", "smoke_parallel", "dsv3_tiny", "dsv3_100m", "dsv3_16b", "dsv3_671b_2048xh800"} <= set(shipped())
+    assert {
+        "smoke",
+        "smoke_parallel",
+        "dsv3_tiny",
+        "dsv3_100m",
+        "dsv3_16b",
+        "dsv3_671b_2048xh800",
+        "dsv3_671b_8xh200",
+    } <= set(shipped())
 
 
 @pytest.mark.parametrize("name", [*shipped(), str(TINY)])

@@ -157,8 +157,8 @@ def train(
         losses = forward_backward(trainer, values, draw(step, count), count)
         result["losses"].append((losses.loss, losses.mtp, losses.balance))
         if step == 0:
-            _unshard_gradients(trainer)
-            result["gradients"] = _by_global_name(trainer, lambda parameter: parameter.main_grad)
+            unshard_gradients(trainer)
+            result["gradients"] = list(pieces(trainer, lambda parameter: _kept(parameter.main_grad)))
         result["norms"].append(update(trainer, values))
         consumed += values.batch_size
     gather_parameters(trainer)
@@ -166,7 +166,7 @@ def train(
     result["expert_counts"], result["expert_biases"] = counts, biases
     result["paired"] = trainer.executor.paired if trainer.executor else 0
     result["evaluation"] = evaluate(trainer, draw(steps, count), count)
-    result["weights"] = _by_global_name(trainer, lambda parameter: parameter)
+    result["weights"] = list(pieces(trainer, _kept))
     torch.save(result, out / f"{torch.distributed.get_rank()}.pt")
     distributed.stop()
 
@@ -191,7 +191,7 @@ def assert_same(got: dict, expected: dict, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(got["expert_biases"], expected["expert_biases"], rtol=0, atol=1e-9)
 
 
-def _unshard_gradients(trainer: Any) -> None:
+def unshard_gradients(trainer: Any) -> None:
     """Under ZeRO-1 a rank holds the reduced gradient of its shard only: collect the others'."""
     for chunk in trainer.chunks:
         if not chunk.ddp_config.use_distributed_optimizer:
@@ -204,23 +204,29 @@ def _unshard_gradients(trainer: Any) -> None:
                 torch.distributed.all_gather_into_tensor(bucket.grad_data, mine, group=ranks)
 
 
-def _by_global_name(trainer: Any, of: Any) -> list[tuple[str, tuple, tuple, torch.Tensor]]:
-    """(global name, global shape, global slice, values) of every piece of every parameter of this rank."""
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().float().cpu().clone()
+
+
+def pieces(trainer: Any, of: Any) -> Iterator[tuple[str, tuple, tuple, torch.Tensor]]:
+    """(global name, global shape, global slice, values) of every piece of every parameter of this rank.
+
+    Args:
+        of: the values for a parameter.
+    """
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
     from dsv3_train.model.init import sharding_metadata
 
-    pieces = []
     for model in trainer.models:
         for entry in nested_values(model.sharded_state_dict(metadata=sharding_metadata())):
             if not isinstance(getattr(entry, "data", None), torch.nn.Parameter):
                 continue
-            entry.data = of(entry.data).detach().float().cpu().clone()
+            entry.data = of(entry.data)
             entry.dtype = torch.float32
             for piece in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
-                pieces.append((piece.key, piece.global_shape, piece.global_slice(), piece.data))
-    return pieces
+                yield piece.key, piece.global_shape, piece.global_slice(), piece.data
 
 
 def whole(out: Path, world_size: int, what: str) -> dict[str, torch.Tensor]:

@@ -1,0 +1,337 @@
+"""Every pipeline schedule on the GPUs of one host, at the report's layer dimensions: losses, gradients, speed, overlap.
+
+    python tools/gpu_schedules.py --gpus 8 --out DIR            # about 9 minutes; --minutes to stop earlier
+    python tools/gpu_schedules.py --gpus 4 --cpu --out DIR      # the same with tiny layers on a CPU's processes
+
+`dsv3_671b_8xh200` (fewer layers and experts on fewer GPUs) in each layout under Megatron-core's 1F1B, its interleaved
+schedule with overlapped all-to-all, DualPipe and DualPipeV, on the same weights and text; then a checkpoint that
+changes layouts and a killed rank (gpu_elastic.py). DIR/results.json is written anew after every part, pipelines are
+drawn beside it. All cases run under NCCL_MAX_CTAS as recipes with overlap have it, but for 1F1B, which has none.
+
+Gradients of step 1 are compared by products with random vectors: the mean square of their differences is the square of
+the gradients' distance, without keeping gigabytes of them. The yardstick is one schedule run twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "distributed"))
+
+PROBES = 8
+STEPS = 6
+LAYOUTS = {8: [(4, 2), (2, 4)], 4: [(4, 1), (2, 2)], 2: [(2, 1)]}
+"""(pipeline, expert) by number of GPUs."""
+SCHEDULES = ("1f1b", "1f1b again", "interleaved", "dualpipe", "dualpipev")
+TINY = [
+    *("model.hidden_size=64", "model.num_attention_heads=4", "model.q_lora_rank=32", "model.kv_lora_rank=16"),
+    *("model.qk_nope_head_dim=16", "model.qk_rope_head_dim=8", "model.v_head_dim=16", "model.vocab_size=512"),
+    *("model.moe_intermediate_size=32", "training.sequence_length=64", "data.prepare.vocab_size=512"),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One schedule in one layout."""
+
+    pipeline: int
+    expert: int
+    schedule: str
+
+    def __str__(self) -> str:
+        return f"pp{self.pipeline}_ep{self.expert}_{self.schedule.replace(' ', '_')}"
+
+    @property
+    def overlaps(self) -> bool:
+        return self.expert > 1 and not self.schedule.startswith("1f1b")
+
+
+def recipe_of(case: Case, options: argparse.Namespace) -> Any:
+    from dsv3_train.recipe.load import load
+    from dsv3_train.recipe.schema import NO_FP8
+
+    kind = case.schedule.removesuffix(" again")
+    changes = [
+        f"parallel={{world_size: {options.gpus}, pipeline: {case.pipeline}, expert: {case.expert}}}",
+        f"pipeline={{schedule: {kind}, virtual_stages: {2 if kind == 'interleaved' else 1}}}",
+        f"pipeline.overlap_pairs={str(case.overlaps).lower()}",
+        f"model.num_hidden_layers={8 if options.gpus > 2 else 4}",
+        f"model.n_routed_experts={max(16, 4 * options.gpus)}",
+        f"schedule.batch_size={4 * options.gpus}",
+        f"data.prepare.output={options.work / 'data' / 'stdlib'}",
+        "data.workers=0",
+    ]
+    if options.cpu:
+        changes += [*TINY, *NO_FP8, "runtime.device=cpu"]
+    return load("dsv3_671b_8xh200", changes)
+
+
+def on_rank(cases: list[Case], options: argparse.Namespace) -> None:
+    """One rank through all cases, as far as the time allows."""
+    device = "cpu" if options.cpu else "cuda"
+    from dsv3_train.runtime import distributed
+
+    distributed.prepare_import(device, recipe_of(cases[-1], options))
+    import torch
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+    # One place to meet for all cases: a second at the same port can be missed while the first one closes.
+    rank, address = int(os.environ["RANK"]), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    store = torch.distributed.TCPStore(*address, options.gpus, is_master=rank == 0)
+    for case in cases:
+        began, recipe = time.monotonic(), recipe_of(case, options)
+        distributed.start(recipe, device, torch.distributed.PrefixStore(str(case), store))
+        enough = [began + options.seconds_per_case < options.deadline]
+        torch.distributed.broadcast_object_list(enough)
+        if not enough[0]:
+            distributed.stop()
+            return
+        run_case(case, recipe, device, options, began)
+        get_moe_layer_wise_logging_tracker().clear()  # it has this case's number of layers
+        distributed.stop()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def run_case(case: Case, recipe: Any, device: str, options: argparse.Namespace, began: float) -> None:
+    """Losses of some steps, gradients of the first, then `dsv3 profile run`'s measurements; DIR/case.json at last."""
+    import torch
+    from megatron.core import parallel_state
+
+    from dsv3_train.data import batches, datasets
+    from dsv3_train.optim.schedules import Schedules
+    from dsv3_train.training.assemble import assemble
+    from dsv3_train.training.profile import Plan, RandomSteps, measure
+    from dsv3_train.training.step import forward_backward, micro_batches_per_step, needs_data, update
+
+    where, leader = options.work / str(case), torch.distributed.get_rank() == 0
+    where.mkdir(parents=True, exist_ok=True)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    schedules, trainer = Schedules(recipe), assemble(recipe, device)
+    size = schedules.at(0).batch_size
+    data, _ = datasets.build(recipe, options.work / "cache", STEPS * size, 0)
+    reader = batches.micro_batches(
+        data,
+        [(step * size, size) for step in range(STEPS)],
+        recipe.training.micro_batch_size,
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+    count = micro_batches_per_step(recipe, size)
+    losses, first, sketched = [], None, None
+    for step in range(STEPS):
+        mine = None
+        if needs_data(trainer):
+            mine = [{name: x.to(device) for name, x in next(reader).items()} for _ in range(count)]
+        values = schedules.at(step * size)
+        losses.append(forward_backward(trainer, values, mine, count).loss)
+        if step == 0:
+            first, sketched = mine, sketch(trainer, device)
+        update(trainer, values)
+    built = time.monotonic() - began
+    work = RandomSteps(recipe, device, trainer)
+    work.batches = first
+    measure(work, Plan(where, 2, 1, (0, options.gpus - 1)))
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+    everyone: list[Any] = [None] * options.gpus
+    torch.distributed.all_gather_object(everyone, (peak, sketched))
+    if leader:
+        told = {
+            "device": torch.cuda.get_device_name() if device == "cuda" else "CPU processes",
+            "losses": losses,
+            "memory_gib": [peak for peak, _ in everyone],
+            "seconds": {"to the sixth step": round(built), "in all": round(time.monotonic() - began)},
+            "sketch": {name: row for _, one in reversed(everyone) for name, row in one.items()},
+        }
+        (where / "case.json.unfinished").write_text(json.dumps(told))
+        (where / "case.json.unfinished").rename(where / "case.json")
+
+
+def sketch(trainer: Any, device: str) -> dict[str, list[float]]:
+    """Of every piece of a parameter that this rank holds: its gradient's norm, and its products with random vectors."""
+    import torch
+
+    from parity import pieces, unshard_gradients
+
+    unshard_gradients(trainer)
+    rows = {}
+    for key, _, place, values in pieces(trainer, lambda parameter: parameter.main_grad.detach().float()):
+        name = f"{key} {[(one.start, one.stop) for one in place]}"
+        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+        flat = values.reshape(-1)
+        probes = [flat @ torch.randn(flat.numel(), generator=generator, device=device) for _ in range(PROBES)]
+        rows[name] = torch.stack([flat.norm(), *probes]).tolist()
+    return rows
+
+
+def distance(one: dict[str, list[float]], other: dict[str, list[float]]) -> dict[str, Any]:
+    """Relative distance of two runs' gradients, of all together and of the parameter with the largest."""
+    if one.keys() != other.keys():
+        raise ValueError("the two runs have other parameters")
+    squares = {
+        name: (statistics.fmean((a - b) ** 2 for a, b in zip(row[1:], other[name][1:], strict=True)), row[0] ** 2)
+        for name, row in one.items()
+    }
+    apart, norm = (sum(values) for values in zip(*squares.values(), strict=True))
+    worst, name = max((math.sqrt(a / n) if n else 0.0, name) for name, (a, n) in squares.items())
+    return {"all": math.sqrt(apart / norm), "largest": worst, "of": name}
+
+
+def figures_of(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """What a case left, and what its traces and its measured pipelines say."""
+    from dsv3_train.profiling.classes import table
+    from dsv3_train.profiling.pipeline_page import write_pipelines
+    from dsv3_train.profiling.report import of_rank
+    from dsv3_train.profiling.trace import read
+    from dsv3_train.profiling.work import works
+    from dsv3_train.training.profile import trace_of
+
+    where = options.work / str(case)
+    told = json.loads((where / "case.json").read_text())
+    timed = json.loads((where / "pipeline.json").read_text())
+    pipelines, _, _ = write_pipelines(where, timed)
+    (where / "pipeline.svg").replace(options.out / f"{case}.svg")
+    kept = ("span_ms", "compute_ms", "comm_ms", "exposed_comm_ms", "hidden_fraction", "idle_ms")
+    traced = []
+    for rank in (0, options.gpus - 1):
+        of = of_rank(works([read(trace_of(where, rank))], table())[0])
+        classes = {
+            row["class"]: {"union_ms": row["union_ms"], "exposed_ms": row["exposed_ms"]}
+            for row in of["classes"]
+            if row["exposed_ms"] is not None
+        }
+        traced.append({"rank": rank, **{name: of[name] for name in kept}, "communication": classes})
+    bubbles = ("bubble_fraction", "simulated_bubble_fraction", "ideal_bubble_fraction", "span_ms")
+    return {
+        **told,
+        "step_ms": 1e3 * timed["step_seconds"],
+        "tokens_per_second_per_gpu": timed["tokens_per_second"] / options.gpus,
+        "tflops_per_gpu": timed["tflops_per_process"],
+        "pipelines": [{name: one[name] for name in bubbles} | {"ms": one["ranks"][0]["ms"]} for one in pipelines],
+        "traced": traced,
+    }
+
+
+def write_results(found: dict[str, Any], options: argparse.Namespace) -> None:
+    """What there is so far, compared with 1F1B of the same layout."""
+    for name, told in found.items():
+        layout = "_".join(name.split("_")[:2])
+        baseline = found.get(f"{layout}_1f1b")
+        if "sketch" not in told or baseline is None or baseline is told:
+            continue
+        told["gradients"] = distance(baseline["sketch"], told["sketch"])
+        pairs = zip(told["losses"], baseline["losses"], strict=True)
+        told["loss_difference"] = max(abs(a / b - 1) for a, b in pairs)
+    plain = {name: {key: value for key, value in told.items() if key != "sketch"} for name, told in found.items()}
+    unfinished = options.out / "results.json.unfinished"
+    unfinished.write_text(json.dumps({"gpus": options.gpus, "cases": plain}, indent=1))
+    unfinished.rename(options.out / "results.json")
+
+
+def show(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    titles = ("step ms", "tok/s/GPU", "bubble %", "simulated %", "exposed ms", "hidden %", "peak GiB", "loss", "grad.")
+    table = Table("case", *titles)
+    for name, told in found.items():
+        if "losses" not in told:
+            table.add_row(name, told["failed"])
+            continue
+        pipe, (traced, *_) = told["pipelines"][0], told["traced"]
+        hidden, peaks = traced["hidden_fraction"], [peak for peak in told["memory_gib"] if peak is not None]
+        table.add_row(
+            name,
+            f"{told['step_ms']:.0f}",
+            f"{told['tokens_per_second_per_gpu']:.0f}",
+            f"{100 * pipe['bubble_fraction']:.1f}",
+            f"{100 * pipe['simulated_bubble_fraction']:.1f}",
+            f"{traced['exposed_comm_ms']:.0f}",
+            "-" if hidden is None else f"{100 * hidden:.1f}",
+            f"{max(peaks):.0f}" if peaks else "-",
+            f"{told.get('loss_difference', 0):.1e}",
+            f"{told['gradients']['all']:.1e}" if "gradients" in told else "-",
+        )
+    Console(width=140).print(table)
+
+
+def drive(cases: list[Case], found: dict[str, Any], options: argparse.Namespace) -> None:
+    """Run cases in one set of processes; when a case ends them, the others in new ones."""
+    from dsv3_train.runtime.launch import launch
+
+    device = "cpu" if options.cpu else "cuda"
+    while cases and time.monotonic() + options.seconds_per_case < options.deadline:
+        process = multiprocessing.get_context("fork").Process(
+            target=launch, args=(lambda cases=cases: on_rank(cases, options), options.gpus, device)
+        )
+        process.start()
+        while True:
+            process.join(0.5)
+            ended = not process.is_alive()
+            for case in [case for case in cases if (options.work / str(case) / "case.json").exists()]:
+                found[str(case)] = figures_of(case, options)
+                print(f"{case}: {found[str(case)]['step_ms']:.0f} ms a step", flush=True)
+                cases = [other for other in cases if other != case]
+                write_results(found, options)
+            if ended:
+                break
+        if process.exitcode and cases:
+            found[str(cases[0])] = {"failed": f"exit code {process.exitcode}; see what was printed"}
+            cases = cases[1:]
+        elif cases:
+            break  # out of time
+    for case in cases:
+        found.setdefault(str(case), {"failed": "not run: out of time"})
+    write_results(found, options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, choices=sorted(LAYOUTS), required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/gpu_schedules"), help="data, traces, checkpoints")
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
+    parser.add_argument("--no-elastic", dest="elastic", action="store_false")
+    options = parser.parse_args()
+    options.deadline = time.monotonic() + 60 * options.minutes
+    options.seconds_per_case = 45
+    options.out.mkdir(parents=True, exist_ok=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    from dsv3_train.data.prepare import prepare
+
+    cases = [
+        Case(*layout, schedule)
+        for layout in LAYOUTS[options.gpus]
+        for schedule in options.schedules
+        if schedule != "1f1b again" or layout == LAYOUTS[options.gpus][0]
+    ]
+    prepare(recipe_of(cases[0], options).data.prepare)
+    found: dict[str, Any] = {}
+    for overlapping in (False, True):
+        drive([case for case in cases if case.overlaps == overlapping], found, options)
+    if options.elastic:
+        from gpu_elastic import change_layout
+
+        found["elastic"] = change_layout(options)
+        print(json.dumps(found["elastic"], indent=1))
+        write_results(found, options)
+    show({name: told for name, told in found.items() if name != "elastic"})
+
+
+if __name__ == "__main__":
+    main()
