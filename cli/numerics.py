@@ -76,8 +76,8 @@ def compare(
 ) -> None:
     """Losses of runs against a baseline: relative difference over the last half, verdict, spread of other seeds.
 
-    Steps are matched by number; data, model, schedules and batches have to be the same. A miss of the bound is a
-    finding, not a fault: exit code 0.
+    Steps are matched by number; data, model, schedules and batches have to be the same. A run of another seed is
+    compared with that one of --seeds which has it too. A miss of the bound is a finding, not a fault: exit code 0.
 
     Example: dsv3 numerics compare runs/bf16 runs/fp8 --seeds runs/bf16-2 runs/bf16-3 --out report
     """
@@ -104,6 +104,9 @@ def run(
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds (training.seed) of the baseline, its own among them.")] = 3,
+    paired: Annotated[
+        bool, typer.Option("--paired", help="Train the variants with all of the seeds too, each beside its baseline.")
+    ] = False,
     jobs: Annotated[
         Optional[int],
         typer.Option(
@@ -135,7 +138,8 @@ def run(
     loaded = load(recipe, overrides or [])
     where = out or Path("runs") / f"numerics-{loaded.name}"
     devices = gpus() if loaded.runtime.device != "cpu" else []
-    planned = plan(recipe, overrides or [], variants or ["blockwise" if devices else "emulated"], seeds, where)
+    chosen = variants or ["blockwise" if devices else "emulated"]
+    planned = plan(recipe, overrides or [], chosen, seeds, where, paired)
     if loaded.data.prepare and not all(one.finished for one in planned):
         prepare(loaded.data.prepare)  # once, before several runs do
     at_a_time = jobs or max(1, len(devices) // loaded.parallel.world_size)

@@ -113,7 +113,10 @@ def test_json_is_all_that_is_printed(runs):
     [
         (["compare", "runs/bf16", "runs/none"], "runs/none: no run of `dsv3 train`"),
         (["compare", "runs/bf16"], "nothing to compare with"),
-        (["compare", "runs/bf16", "runs/bf16-2"], "training.seed is 2, and 1234 in runs/bf16; give it with --seeds"),
+        (
+            ["compare", "runs/bf16", "runs/bf16-2"],
+            "training.seed is 2, and 1234 in runs/bf16; give it with --seeds, or a baseline of that seed",
+        ),
         (["compare", "runs/bf16", "runs/fp8", "--bound", "many"], "--bound: 'many' is no bound"),
         (["compare", "runs/bf16", "runs/fp8", "--bound", "nan"], "--bound: 'nan' is no bound"),
         (["compare", "runs/bf16", "runs/fp8", "--window", "30"], "--window: 30 steps"),

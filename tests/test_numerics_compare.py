@@ -11,6 +11,7 @@ from numeric_runs import TOKENS, falling, line, run_dir, steps
 from dsv3_train.errors import UserError
 from dsv3_train.numerics.compare import compare, smooth
 from dsv3_train.numerics.series import read
+from dsv3_train.numerics.table import verdicts
 
 FP8 = "precision.fp8=emulated"
 
@@ -49,6 +50,26 @@ def test_a_constant_factor_is_found_with_its_sign(base, factor, within, window):
     assert run["mean_loss"] == pytest.approx(falling()[20:].mean() * factor)
     assert figures["steps"] == {"compared": 40, "first": 1, "last": 40, "last_half_from": 21}
     assert curves.tokens_n.tolist() == [TOKENS * step for step in range(1, 41)]
+
+
+def test_runs_of_other_seeds_stand_against_the_baseline_of_theirs(base):
+    other = run_dir(base.parent / "base2", steps(falling() * 1.1), "training.seed=2")
+    one = run_dir(base.parent / "run", steps(falling() * 1.003), FP8)
+    two = run_dir(base.parent / "run2", steps(falling() * 1.1 * 0.999), FP8, "training.seed=2")
+    figures, _ = compare(base, [one, two], [other])
+    assert [run["loss"]["mean"] for run in figures["runs"]] == pytest.approx([0.003, -0.001])
+    assert [run["against"] for run in figures["runs"]] == [str(base), str(other)]
+    assert figures["spread"]["max_abs"] == pytest.approx(0.1)  # of the baseline's seeds alone
+    (group,) = figures["over_seeds"]
+    assert group["runs"] == ["run", "run2"]
+    assert group["mean"] == pytest.approx(0.001)
+    assert group["error"] == pytest.approx(0.002)  # 0.004 / sqrt(2) / sqrt(2)
+    assert "+0.100% on the mean of the last half, standard error over 2 seeds 0.20%" in verdicts(figures)[-1]
+
+
+def test_one_seed_has_no_error(base):
+    _, figures, _ = against(base, steps(falling()))
+    assert figures["over_seeds"] == []
 
 
 @pytest.mark.parametrize(("count", "first"), [(40, 21), (41, 21), (42, 22)])

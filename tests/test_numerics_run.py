@@ -91,6 +91,15 @@ def test_what_is_planned(tmp_path):
     assert [Path(one.recipe.runtime.run_dir) for one in made] == [one.run_dir for one in made]
 
 
+def test_pairs_of_the_same_seed(tmp_path):
+    cuda = ["runtime.device=cuda", "precision.params=bf16"]
+    made = plan(TINY, cuda, ["blockwise"], 2, Path("out"), paired=True)
+    assert [one.run_dir.name for one in made] == ["none", "blockwise", "none-seed1235", "blockwise-seed1235"]
+    assert [one.recipe.precision.fp8 for one in made] == ["none", "blockwise"] * 2
+    assert [one.recipe.training.seed for one in made] == [1234, 1234, 1235, 1235]
+    assert [one.seed for one in made] == [False, False, True, False]  # seeds of the baseline
+
+
 def test_the_baseline_has_no_fp8_whatever_the_recipe_says():
     fp8 = ["precision.fp8=blockwise", "precision.fp8_params=true", "precision.fp8_dispatch=true",
            "training.recompute=[moe_act]", "precision.swiglu_input=fp8", "precision.attention_output=e5m6",

@@ -23,6 +23,11 @@ _BOUND = (
 """Of the free ones, what changes the weights or the data of a run nevertheless."""
 
 
+def seeds_of(recipe: Recipe) -> tuple[int, int]:
+    """The values of `SEEDS`."""
+    return recipe.training.seed, recipe.data.seed
+
+
 def _is_of(key: str, sections: tuple[str, ...]) -> bool:
     return any(key == section or key.startswith(f"{section}.") for section in sections)
 
@@ -48,7 +53,7 @@ def refuse_other_training(baseline: Series, run: Series, *, seed: bool) -> None:
         if key in SEEDS:
             if seed:
                 continue
-            fix = "give it with --seeds"
+            fix = "give it with --seeds, or a baseline of that seed"
         elif _is_of(key, ("precision",)):
             if not seed:
                 continue

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_train.errors import UserError
-from dsv3_train.numerics.comparable import notes, refuse_changed, refuse_other_training
+from dsv3_train.numerics.comparable import notes, refuse_changed, refuse_other_training, seeds_of
 from dsv3_train.numerics.series import Series, read
 from dsv3_train.recipe.load import diff
 
@@ -78,6 +78,8 @@ def compare(
 ) -> tuple[dict[str, Any], Curves]:
     """Figures for JSON and the table, and curves for the picture, of runs against the baseline.
 
+    A run of another seed stands against the one of `seed_dirs` that has it.
+
     Steps are those that every run has with a finite loss. The last half: of n such steps, those after the first n // 2.
 
     Args:
@@ -96,10 +98,11 @@ def compare(
     baseline, runs, seeds = everything[0], everything[1 : 1 + len(run_dirs)], everything[1 + len(run_dirs) :]
     for series in everything:
         refuse_changed(series)
-    for series in runs:
-        refuse_other_training(baseline, series, seed=False)
     for series in seeds:
         refuse_other_training(baseline, series, seed=True)
+    against = {series.run_dir: _of_its_seed(series, baseline, seeds) for series in runs}
+    for series in runs:
+        refuse_other_training(against[series.run_dir], series, seed=False)
     for series in (baseline, *seeds):
         if series.not_finite:
             raise UserError(
@@ -111,7 +114,10 @@ def compare(
     if window is not None and not 1 <= window <= half + 1:
         raise UserError(f"--window: {window} steps, and {len(steps_n)} are compared; set 1 to {half + 1}")
     labels = _labels(everything)
-    pairs = [_Pair(baseline, series, steps_n, window, labels[series.run_dir]) for series in everything]
+    pairs = [
+        _Pair(against.get(series.run_dir, baseline), series, steps_n, window, labels[series.run_dir])
+        for series in everything
+    ]
     own, of_runs, of_seeds = pairs[0], pairs[1 : 1 + len(runs)], pairs[1 + len(runs) :]
     spread = _spread(own, of_seeds) if seeds else None
     figures = {
@@ -129,9 +135,32 @@ def compare(
         "runs": [_with_verdict(pair, bound) for pair in of_runs],
         "seeds": [pair.figures() for pair in of_seeds],
         "spread": spread,
+        "over_seeds": _over_seeds(of_runs),
     }
     curves = [pair.curve() for pair in pairs]
     return figures, Curves(own.tokens_n, half, bound, curves[0], curves[1 : 1 + len(runs)], curves[1 + len(runs) :])
+
+
+def _of_its_seed(run: Series, baseline: Series, seeds: list[Series]) -> Series:
+    """What a run is compared with; the baseline where no other has its seeds."""
+    return next((one for one in (baseline, *seeds) if seeds_of(one.recipe) == seeds_of(run.recipe)), baseline)
+
+
+def _over_seeds(runs: list[_Pair]) -> list[dict[str, Any]]:
+    """Of each precision that ran with several seeds: the mean of the seeds' mean smoothed differences, and its standard
+    error. One seed's difference is chance to the extent that seeds differ; this is what is left of it.
+    """
+    found: dict[str, list[_Pair]] = {}
+    for pair in runs:
+        found.setdefault(pair.run.recipe.precision.model_dump_json(), []).append(pair)
+    told = []
+    for group in found.values():
+        means_s = np.array([pair.smooth_difference_n[pair.half :].mean() for pair in group])
+        if len(group) > 1:
+            error = float(means_s.std(ddof=1) / len(means_s) ** 0.5)
+            labels = [pair.label for pair in group]
+            told.append({"runs": labels, "means": means_s.tolist(), "mean": float(means_s.mean()), "error": error})
+    return told
 
 
 def _common_steps(everything: list[Series]) -> np.ndarray:
@@ -213,6 +242,7 @@ class _Pair:
         differs = diff(self.baseline.recipe, self.run.recipe)
         return {
             **self.facts(),
+            "against": str(self.baseline.run_dir),
             "differs": {key: [left, right] for key, left, right in differs if key not in ("name", "runtime.run_dir")},
             "loss": self._of(self.difference_n, self.smooth_difference_n),
             "mtp_loss": self._of(self.mtp_difference_n, self.smooth_mtp_difference_n),

@@ -42,13 +42,16 @@ class Planned:
             return False
 
 
-def plan(ref: str, overrides: Sequence[str], variants: Sequence[str], seeds: int, out: Path) -> list[Planned]:
+def plan(
+    ref: str, overrides: Sequence[str], variants: Sequence[str], seeds: int, out: Path, paired: bool = False
+) -> list[Planned]:
     """The runs of a comparison: the baseline first, then the variants, then the other seeds.
 
     Args:
         variants: each a value of precision.fp8, `+a.b=c` for what else differs (`blockwise+power_of_2_scales=false`:
             keys of `precision` go without it); `none`, the baseline, is there anyhow.
         seeds: of the baseline, its own among them.
+        paired: the variants are trained with all of them too.
 
     Raises:
         UserError: a recipe is at fault, or a run of another training is in its place.
@@ -58,9 +61,10 @@ def plan(ref: str, overrides: Sequence[str], variants: Sequence[str], seeds: int
         raise UserError("--variants: nothing to compare with the baseline; add one, as emulated or blockwise")
     planned = [_planned(out, name, ref, [*overrides, *_overrides(name)]) for name in names]
     first = planned[0].recipe.training.seed
-    for number in range(1, seeds):
-        own = [*planned[0].overrides[:-1], f"training.seed={first + number}"]
-        planned.append(_planned(out, f"{BASELINE}-seed{first + number}", ref, own, seed=True))
+    for seed in range(first + 1, first + seeds):
+        for name in names if paired else names[:1]:
+            own = [*overrides, *_overrides(name), f"training.seed={seed}"]
+            planned.append(_planned(out, f"{name}-seed{seed}", ref, own, seed=name == BASELINE))
     return planned
 
 

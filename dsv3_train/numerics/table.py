@@ -61,7 +61,7 @@ def lines(figures: dict[str, Any]) -> list[str]:
     ]
     for run in figures["runs"]:
         differs = ", ".join(f"{key} {_short(left)} -> {_short(right)}" for key, (left, right) in run["differs"].items())
-        told.append(f"{run['label']} differs in: {differs or 'nothing'}")
+        told.append(f"{run['label']} differs from {run['against']} in: {differs or 'nothing'}")
     return told + list(dict.fromkeys(note for run in (*figures["runs"], *figures["seeds"]) for note in run["notes"]))
 
 
@@ -72,6 +72,12 @@ def verdicts(figures: dict[str, Any]) -> list[str]:
         told.append(
             f"{spread['seeds']} seeds of {figures['baseline']['label']}: at most {percent(spread['max_abs'])} from it; "
             f"standard deviation of their mean losses {percent(spread['mean_loss_std'])}"
+        )
+    for group in figures["over_seeds"]:
+        each = ", ".join(f"{mean:+.3%}" for mean in group["means"])
+        told.append(
+            f"{', '.join(group['runs'])}: {group['mean']:+.3%} on the mean of the last half, standard error over "
+            f"{len(group['means'])} seeds {percent(group['error'])} ({each})"
         )
     return told
 

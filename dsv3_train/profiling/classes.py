@@ -78,7 +78,9 @@ KERNELS = (
     ),
     _compute("rotary", r"rotary|(?<![a-z])rope"),
     _compute(
-        "attention backward", r"(flash|fmha|attn|attention|sdpa|mla_|\bmha)(?!.*gemm::).*(bwd|backward|dgrad|_dq|_dk)"
+        "attention backward",
+        r"(flash|fmha|attn|attention|sdpa|mla_|\bmha)(?!.*gemm::).*(bwd|bprop|backward|dgrad|_dq|_dk)"
+        r"|cudnn::fusion::(compute_dot_do_o|convert_dq)",
     ),
     _compute("attention", r"flash|fmha|attn|attention|sdpa|\bmha_|_mla_"),
     _compute(
