@@ -97,12 +97,12 @@ class CheckpointWriter:
         # (filesystem_async._get_write_results_queue); our results come through a pipe of our own.
         filesystem_async._results_queue = queue.Queue()
 
-    def save(self, state: dict, step: int) -> None:
-        """Begin to save `state` as the checkpoint of `step`. Collective."""
+    def save(self, state: Callable[[], dict], step: int) -> None:
+        """Begin to save `state()` as the checkpoint of `step`. Collective."""
         self.finish()  # one at a time: a second would only compete for the disk
         self._stood_still = 0.0
         with self._standing_still():
-            self._begin(state, step)
+            self._begin(state(), step)
 
     @contextlib.contextmanager
     def _standing_still(self) -> Iterator[None]:

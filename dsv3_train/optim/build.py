@@ -9,6 +9,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from dsv3_train.optim import gather
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime.pipeline_groups import replicas
 
@@ -50,7 +51,7 @@ def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> Me
         from dsv3_train.runtime import cpu
 
         cpu.use_adam(AdamW)
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=0.0,  # set before every step
@@ -70,6 +71,8 @@ def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> Me
         # Megatron's Gloo groups gather optimizer states for a kind of checkpoint that is not ours.
         **({"pg_collection": copies.groups, "use_gloo_process_groups": False} if copies else {}),
     )
+    gather.install(optimizer)
+    return optimizer
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None:

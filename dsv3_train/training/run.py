@@ -366,7 +366,8 @@ class Run:
     def _save(self) -> None:
         heartbeat.mark("checkpoint")
         gather_parameters(self.trainer)
-        state = training_state(
+        state = functools.partial(
+            training_state,
             self.recipe,
             self.position,
             self.guard.kept(self.position.consumed_samples),

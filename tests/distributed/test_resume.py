@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -200,3 +201,36 @@ def test_end_in_a_layout_that_rounds_batches_otherwise(data, tmp_path):
     assert all(records[step]["batch_size"] % 2 == 0 for step in records if step > CUT)
     tokens = [records[step]["consumed_tokens"] for step in sorted(records)]
     assert tokens == sorted(set(tokens))
+
+
+def test_all_the_time_that_training_stands_still_is_told(data, tmp_path):
+    """Also that in which the state is put together; not that of the writer."""
+    settings = recipe(data, tmp_path / "run")
+
+    def on_rank() -> None:
+        from dsv3_train.checkpoint import save
+        from dsv3_train.training import run as running
+        from dsv3_train.training.startup import Startup
+
+        state, write = running.training_state, save._write
+
+        def slow_state(*arguments, **options):
+            time.sleep(0.5)
+            return state(*arguments, **options)
+
+        def slow_write(*arguments):
+            time.sleep(3)
+            return write(*arguments)
+
+        running.training_state, save._write = slow_state, slow_write
+        distributed.start(settings, "cpu")
+        one = running.Run(settings, tmp_path / "run", "cpu", Startup())
+        one._save()
+        while one.writer._save is not None:
+            time.sleep(0.05)  # training
+            one.writer.poll()
+        distributed.stop()
+
+    in_processes(on_rank, 1)
+    (line,) = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if "stood still" in line]
+    assert 0.5 < float(line.split("for ")[1].split(" s")[0]) < 3
