@@ -15,10 +15,8 @@ def gpu_environment(recipe: Recipe | None) -> dict[str, str]:
         # Kernels start in the order of their launch: communication before compute. (Megatron's launch scripts)
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        # Memory of a collective is held by its caller until it is done, not by the allocator for an unknown time.
-        "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
         # The flight recorder: every rank's last collectives, written when one times out or the watchdog ends a rank.
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     }
     if recipe is not None and not recipe.precision.power_of_2_scales:
