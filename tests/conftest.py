@@ -3,4 +3,14 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+
+
+@pytest.fixture
+def of(tmp_path):
+    """The report of one rank's events (test_profile_*.py)."""
+    from traces import analyze, write
+
+    return lambda events, **header: analyze(write(tmp_path / "trace.json", events, **header))

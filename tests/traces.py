@@ -43,3 +43,23 @@ def own_times(path: Path) -> dict[str, float]:
         name = work.text(kernel_)
         times[name] = times.get(name, 0.0) + float(work.end[kernel_] - work.start[kernel_]) / 1e6
     return times
+
+
+def dsv3(*arguments: object) -> str:
+    """What `dsv3 profile` prints."""
+    from typer.testing import CliRunner
+
+    from dsv3_cli import main
+
+    result = CliRunner().invoke(main.app, ["profile", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def analyze(*arguments: object) -> dict:
+    return json.loads(dsv3("analyze", *arguments, "--json"))
+
+
+def parts(report: dict) -> dict:
+    keys = ("span_ms", "compute_ms", "comm_ms", "exposed_comm_ms", "hidden_fraction", "idle_ms", "kernels")
+    return {key: report[key] for key in keys}

@@ -116,6 +116,8 @@ def load_training(
         ema.restart()
     if same_layout:
         set_random_state(loaded["random"])
+    if recipe.precision.fp8 == "delayed":
+        notes.append("precision.fp8=delayed: checkpoints do not hold its scales, which begin anew")
     return Position(**loaded["position"]), Guarded(**loaded.get("guarded", {})), notes
 
 

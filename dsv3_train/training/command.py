@@ -149,8 +149,13 @@ def _train_on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) 
     if recipe.faults.hang_seconds:
         watchdog.start()
     stop.heed()
+    preempted = None
     try:
         run.train()
+    except SystemExit as ended:
+        if ended.code != PREEMPTED:
+            raise
+        preempted = ended  # all ranks are here, and leave the process group as at a run's end
     finally:
         watchdog.stop()
         # Data workers ignore TERM, by which they would be ended at exit should one not answer; torch's handler
@@ -159,3 +164,5 @@ def _train_on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) 
         for child in multiprocessing.active_children():
             child.kill()
     distributed.stop()
+    if preempted:
+        raise preempted
