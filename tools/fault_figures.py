@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from chaos import OVERRIDES, Job
+from chaos_run import OVERRIDES, Job
 
 
 def times(values: list[float]) -> dict[str, float]:
