@@ -1,12 +1,12 @@
 #!/bin/bash
 # Everything that claims to work on GPUs, on one host with two of them: about 27 minutes on H200s.
-# bash tools/gpu_all.sh OUT [PART...]    parts: pairs two tests schedules tiny same study; all of them by default
+# bash tools/gpu_all.sh OUT [PART...]    parts: machine pairs two tests schedules tiny same study; all by default
 # A line per part in OUT/summary.txt, what each printed in OUT/PART.log. Runs and data go to /tmp/gpu_all.
 set -u
 . tools/on_gpu.sh
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
-parts=" ${*:-pairs two tests schedules tiny same study} "
+parts=" ${*:-machine pairs two tests schedules tiny same study} "
 at=/tmp/gpu_all
 mkdir -p $at
 start=$(date +%s)
@@ -23,6 +23,12 @@ tests() { python3 -m pytest -q -s -p no:cacheprovider "$@"; }
 
 part data_tiny dsv3 data prepare python-stdlib --output /tmp/tiny-data/stdlib --vocab-size 32000 --fim-rate 0.1
 part data_study dsv3 data prepare python-stdlib --output $at/stdlib --vocab-size 16384
+
+two_gpus=("parallel={world_size: 2, pipeline: 2}" "pipeline={schedule: dualpipe}" "training.micro_batch_size=4")
+if wanted machine; then
+  part doctor dsv3 doctor dsv3_tiny
+  part preflight dsv3 preflight dsv3_tiny "${two_gpus[@]}" data.prepare.output=/tmp/tiny-data/stdlib
+fi
 
 # Both GPUs, alone: how much communication hides.
 wanted pairs && part pairs tests tests/gpu/test_two_gpus.py -k "pairs and blockwise"
