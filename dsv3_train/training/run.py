@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -98,6 +99,8 @@ class Run:
         self.speed = Speed(recipe, device)
         self.watch = Watch(recipe, run_dir, self.trainer)
         self.last_validation: float | None = None
+        # What lives as long as the run need not be searched at every collection: Megatron-core collects at every save.
+        gc.freeze()
 
     def _event(self, text: str) -> None:
         if self.log:
