@@ -1,4 +1,4 @@
-"""Test helpers are importable from anywhere under tests/."""
+"""Test helpers are importable from anywhere under tests/; fixtures that several files share."""
 
 import sys
 from pathlib import Path

@@ -115,7 +115,7 @@ def test_json_is_all_that_is_printed(runs):
         (["compare", "runs/bf16"], "nothing to compare with"),
         (
             ["compare", "runs/bf16", "runs/bf16-2"],
-            "training.seed is 2, and 1234 in runs/bf16; give it with --seeds, or a baseline of that seed",
+            "training.seed is 2, and 1234 in runs/bf16; give it, or the baseline of its seed, with --seeds",
         ),
         (["compare", "runs/bf16", "runs/fp8", "--bound", "many"], "--bound: 'many' is no bound"),
         (["compare", "runs/bf16", "runs/fp8", "--bound", "nan"], "--bound: 'nan' is no bound"),

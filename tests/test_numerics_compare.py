@@ -67,8 +67,20 @@ def test_runs_of_other_seeds_stand_against_the_baseline_of_theirs(base):
     assert "+0.100% on the mean of the last half, standard error over 2 seeds 0.20%" in verdicts(figures)[-1]
 
 
-def test_one_seed_has_no_error(base):
-    _, figures, _ = against(base, steps(falling()))
+@pytest.mark.parametrize("more", [(), ("training.recompute=[moe_act]",)], ids=["again", "another setting"])
+def test_runs_of_one_seed_have_no_error(base, more):
+    one = run_dir(base.parent / "run", steps(falling()), FP8)
+    two = run_dir(base.parent / "run2", steps(falling() * 1.01), FP8, *more)
+    figures, _ = compare(base, [one, two])
+    assert figures["over_seeds"] == []
+
+
+def test_settings_that_seeds_do_not_share_are_told_apart(base):
+    """FP8 with one seed and FP8 with recomputation with another are no two seeds of anything."""
+    other = run_dir(base.parent / "base2", steps(falling()), "training.seed=2")
+    one = run_dir(base.parent / "run", steps(falling()), FP8)
+    two = run_dir(base.parent / "run2", steps(falling()), FP8, "training.seed=2", "training.recompute=[moe_act]")
+    figures, _ = compare(base, [one, two], [other])
     assert figures["over_seeds"] == []
 
 

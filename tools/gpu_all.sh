@@ -1,5 +1,5 @@
 #!/bin/bash
-# Everything that claims to work on GPUs, on one host with two of them: about 27 minutes on H200s.
+# Everything that claims to work on GPUs, on one host with two of them.
 # bash tools/gpu_all.sh OUT [PART...]    parts: machine pairs two tests schedules tiny same study; all by default
 # A line per part in OUT/summary.txt, what each printed in OUT/PART.log. Runs and data go to /tmp/gpu_all.
 set -u

@@ -76,7 +76,12 @@ def until(run: subprocess.Popen, options: argparse.Namespace, condition: Callabl
 
 
 def wait(run: subprocess.Popen, options: argparse.Namespace) -> None:
-    if run.wait(max(1.0, options.deadline - time.monotonic())):
+    try:
+        run.wait(max(1.0, options.deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        run.kill()  # its ranks die with it
+        raise SystemExit("a checkpoint in another layout: out of time; see --minutes") from None
+    if run.returncode:
         raise SystemExit(f"exit code {run.returncode}: see the logs in {options.work}")
 
 

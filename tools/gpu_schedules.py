@@ -1,12 +1,12 @@
 """Every pipeline schedule on the GPUs of one host, at the report's layer dimensions: losses, gradients, speed, overlap.
 
-    python tools/gpu_schedules.py --gpus 8 --out DIR            # about 9 minutes; --minutes to stop earlier
+    python tools/gpu_schedules.py --gpus 8 --out DIR            # what is begun within 9 minutes; --minutes for another
     python tools/gpu_schedules.py --gpus 4 --cpu --out DIR      # the same with tiny layers on a CPU's processes
 
 `dsv3_671b_8xh200` (fewer layers and experts on fewer GPUs) in each layout under Megatron-core's 1F1B, its interleaved
 schedule with overlapped all-to-all, DualPipe and DualPipeV, on the same weights and text; then a checkpoint that
 changes layouts and a killed rank (gpu_elastic.py). DIR/results.json is written anew after every part, pipelines are
-drawn beside it. All cases run under NCCL_MAX_CTAS as recipes with overlap have it, but for 1F1B, which has none.
+drawn beside it. Cases that overlap pairs run in the environment of recipes that do (NCCL_MAX_CTAS), the others without.
 
 Gradients of step 1 are compared by products with random vectors: the mean square of their differences is the square of
 the gradients' distance, without keeping gigabytes of them. The yardstick is one schedule run twice.
@@ -20,6 +20,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -32,6 +33,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "distributed"))
 
 PROBES = 8
 STEPS = 6
+SECONDS_PER_CASE = 45
+"""What is left when a case still begins."""
 LAYOUTS = {8: [(4, 2), (2, 4)], 4: [(4, 1), (2, 2)], 2: [(2, 1)]}
 """(pipeline, expert) by number of GPUs."""
 SCHEDULES = ("1f1b", "1f1b again", "interleaved", "dualpipe", "dualpipev")
@@ -93,7 +96,7 @@ def on_rank(cases: list[Case], options: argparse.Namespace) -> None:
     for case in cases:
         began, recipe = time.monotonic(), recipe_of(case, options)
         distributed.start(recipe, device, torch.distributed.PrefixStore(str(case), store))
-        enough = [began + options.seconds_per_case < options.deadline]
+        enough = [began + SECONDS_PER_CASE < options.deadline]
         torch.distributed.broadcast_object_list(enough)
         if not enough[0]:
             distributed.stop()
@@ -273,7 +276,7 @@ def drive(cases: list[Case], found: dict[str, Any], options: argparse.Namespace)
     from dsv3_train.runtime.launch import launch
 
     device = "cpu" if options.cpu else "cuda"
-    while cases and time.monotonic() + options.seconds_per_case < options.deadline:
+    while cases and time.monotonic() + SECONDS_PER_CASE < options.deadline:
         process = multiprocessing.get_context("fork").Process(
             target=launch, args=(lambda cases=cases: on_rank(cases, options), options.gpus, device)
         )
@@ -309,7 +312,6 @@ def main() -> None:
     parser.add_argument("--no-elastic", dest="elastic", action="store_false")
     options = parser.parse_args()
     options.deadline = time.monotonic() + 60 * options.minutes
-    options.seconds_per_case = 45
     options.out.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
     from dsv3_train.data.prepare import prepare
@@ -320,17 +322,19 @@ def main() -> None:
         for schedule in options.schedules
         if schedule != "1f1b again" or layout == LAYOUTS[options.gpus][0]
     ]
+    for case in cases:  # what an earlier call left would pass for this one's
+        shutil.rmtree(options.work / str(case), ignore_errors=True)
     prepare(recipe_of(cases[0], options).data.prepare)
     found: dict[str, Any] = {}
     for overlapping in (False, True):
         drive([case for case in cases if case.overlaps == overlapping], found, options)
+    show(found)
     if options.elastic:
         from gpu_elastic import change_layout
 
         found["elastic"] = change_layout(options)
         print(json.dumps(found["elastic"], indent=1))
         write_results(found, options)
-    show({name: told for name, told in found.items() if name != "elastic"})
 
 
 if __name__ == "__main__":

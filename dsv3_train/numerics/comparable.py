@@ -23,11 +23,6 @@ _BOUND = (
 """Of the free ones, what changes the weights or the data of a run nevertheless."""
 
 
-def seeds_of(recipe: Recipe) -> tuple[int, int]:
-    """The values of `SEEDS`."""
-    return recipe.training.seed, recipe.data.seed
-
-
 def _is_of(key: str, sections: tuple[str, ...]) -> bool:
     return any(key == section or key.startswith(f"{section}.") for section in sections)
 
@@ -37,6 +32,11 @@ def differences(a: Recipe, b: Recipe) -> Iterator[tuple[str, Any, Any]]:
     for key, left, right in diff(a, b):
         if _is_of(key, _BOUND) or not _is_of(key, _FREE):
             yield key, left, right
+
+
+def same_seeds(a: Recipe, b: Recipe) -> bool:
+    """Whether two runs have all of `SEEDS` in common."""
+    return not any(key in SEEDS for key, _, _ in differences(a, b))
 
 
 def refuse_other_training(baseline: Series, run: Series, *, seed: bool) -> None:
@@ -53,7 +53,7 @@ def refuse_other_training(baseline: Series, run: Series, *, seed: bool) -> None:
         if key in SEEDS:
             if seed:
                 continue
-            fix = "give it with --seeds, or a baseline of that seed"
+            fix = "give it, or the baseline of its seed, with --seeds"
         elif _is_of(key, ("precision",)):
             if not seed:
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_train.errors import UserError
-from dsv3_train.numerics.comparable import notes, refuse_changed, refuse_other_training, seeds_of
+from dsv3_train.numerics.comparable import notes, refuse_changed, refuse_other_training, same_seeds
 from dsv3_train.numerics.series import Series, read
 from dsv3_train.recipe.load import diff
 
@@ -143,23 +144,24 @@ def compare(
 
 def _of_its_seed(run: Series, baseline: Series, seeds: list[Series]) -> Series:
     """What a run is compared with; the baseline where no other has its seeds."""
-    return next((one for one in (baseline, *seeds) if seeds_of(one.recipe) == seeds_of(run.recipe)), baseline)
+    return next((one for one in (baseline, *seeds) if same_seeds(one.recipe, run.recipe)), baseline)
 
 
 def _over_seeds(runs: list[_Pair]) -> list[dict[str, Any]]:
-    """Of each precision that ran with several seeds: the mean of the seeds' mean smoothed differences, and its standard
-    error. One seed's difference is chance to the extent that seeds differ; this is what is left of it.
+    """Of runs that differ from their baselines in the same settings, each with a seed of its own: the mean of their
+    mean smoothed differences, and its standard error. One seed's difference is chance to the extent that seeds differ;
+    this is what is left of it.
     """
-    found: dict[str, list[_Pair]] = {}
+    found: dict[str, dict[str, _Pair]] = {}
     for pair in runs:
-        found.setdefault(pair.run.recipe.precision.model_dump_json(), []).append(pair)
+        alike = found.setdefault(json.dumps(pair.differs()), {})
+        alike.setdefault(str(pair.baseline.run_dir), pair)  # a second run of one seed tells nothing of seeds
     told = []
-    for group in found.values():
+    for group in (list(alike.values()) for alike in found.values() if len(alike) > 1):
         means_s = np.array([pair.smooth_difference_n[pair.half :].mean() for pair in group])
-        if len(group) > 1:
-            error = float(means_s.std(ddof=1) / len(means_s) ** 0.5)
-            labels = [pair.label for pair in group]
-            told.append({"runs": labels, "means": means_s.tolist(), "mean": float(means_s.mean()), "error": error})
+        error = float(means_s.std(ddof=1) / len(means_s) ** 0.5)
+        labels = [pair.label for pair in group]
+        told.append({"runs": labels, "means": means_s.tolist(), "mean": float(means_s.mean()), "error": error})
     return told
 
 
@@ -238,12 +240,16 @@ class _Pair:
             "mean_loss": self.mean_loss(),
         }
 
+    def differs(self) -> dict[str, list[Any]]:
+        """Keys of the recipe: the baseline's value, and the run's."""
+        found = diff(self.baseline.recipe, self.run.recipe)
+        return {key: [left, right] for key, left, right in found if key not in ("name", "runtime.run_dir")}
+
     def figures(self) -> dict[str, Any]:
-        differs = diff(self.baseline.recipe, self.run.recipe)
         return {
             **self.facts(),
             "against": str(self.baseline.run_dir),
-            "differs": {key: [left, right] for key, left, right in differs if key not in ("name", "runtime.run_dir")},
+            "differs": self.differs(),
             "loss": self._of(self.difference_n, self.smooth_difference_n),
             "mtp_loss": self._of(self.mtp_difference_n, self.smooth_mtp_difference_n),
             "grad_norm_ratio": self._grad_norm_ratio(),

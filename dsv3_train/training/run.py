@@ -100,6 +100,7 @@ class Run:
         self.watch = Watch(recipe, run_dir, self.trainer)
         self.last_validation: float | None = None
         # What lives as long as the run need not be searched at every collection: Megatron-core collects at every save.
+        gc.collect()
         gc.freeze()
 
     def _event(self, text: str) -> None:
