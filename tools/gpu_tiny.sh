@@ -3,6 +3,7 @@
 # bash tools/gpu_tiny.sh OUT [SECONDS before TERM] [SECONDS of the resumed run], both from their first step on
 set -u
 . tools/on_gpu.sh
+# shellcheck disable=SC2034  # first and resumed are read by name
 out=$1 first=${2:-200} resumed=${3:-70}
 run=/tmp/tiny-run
 steps() { cat $run/metrics.jsonl 2>/dev/null | grep -c '"kind": "step"'; }
