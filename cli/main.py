@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 import typer
 
@@ -31,19 +32,24 @@ app.add_typer(numerics.app, name="numerics")
 
 def run() -> None:
     """Run the command line; bad input ends in its message alone and exit code 2."""
+    code: int | str | None = 0
     try:
         app()
+    except SystemExit as ended:
+        code = ended.code
     except Exception as error:
         from dsv3_train.runtime.launch import report_to_parent
 
-        told = report_to_parent(error)
-        if not isinstance(error, UserError):
-            if told:
-                sys.exit(1)
-            raise
+        fault, told = isinstance(error, UserError), report_to_parent(error)
         if not told:
-            print(error, file=sys.stderr)
-        sys.exit(2)
+            print(error if fault else traceback.format_exc().rstrip(), file=sys.stderr)
+        code = 2 if fault else 1
+    torch_distributed = sys.modules.get("torch.distributed")
+    if torch_distributed is not None and torch_distributed.is_initialized():
+        from dsv3_train.runtime.exits import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -82,3 +82,21 @@ def test_another_world_than_the_launcher(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(UserError, match=r"parallel\.world_size.*4.*8"):
         launch(lambda: None, 4, "cuda")
+
+
+def test_the_end_with_live_process_groups(tmp_path):
+    """Not through the interpreter's end, where a thread of theirs can turn the exit code into SIGABRT's."""
+    code = (
+        "import atexit, torch\n"
+        "from dsv3_cli import main\n"
+        "from dsv3_train.errors import UserError\n"
+        "def fail():\n"
+        "    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)\n"
+        "    print('some output', end='')\n"
+        "    raise UserError('file: key: fix')\n"
+        "atexit.register(print, 'the end of the interpreter')\n"
+        "main.app = fail\n"
+        "main.run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "some output", "file: key: fix\n")

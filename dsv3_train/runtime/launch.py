@@ -7,7 +7,6 @@ not know which failures got a run no further; forking from one process that has 
 from __future__ import annotations
 
 import ctypes
-import multiprocessing.util
 import os
 import platform
 import signal
@@ -20,13 +19,13 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
 from dsv3_train.errors import UserError
 from dsv3_train.runtime import heartbeat, incidents
-from dsv3_train.runtime.exits import FINAL, PREEMPTED
+from dsv3_train.runtime.exits import FINAL, PREEMPTED, leave
 
 _GRACE_SECONDS = 5.0
 """For the other ranks to say why they fail too, once one is gone."""
@@ -217,15 +216,14 @@ def _fork(work: Callable[[], None], world_size: int) -> list[int]:
     for rank in range(world_size):
         pid = os.fork()
         if pid == 0:
-            code = 1
             try:
                 die_with_parent(parent)
                 os.environ.update(_rank_environment(rank, world_size, port))
-                code = _run_child(work, rank)
+                _run_child(work)
             except BaseException:  # a signal's handler may raise anywhere (torch's, when a data worker dies)
                 traceback.print_exc()
             finally:
-                os._exit(code)  # never back into the launcher's code, which would clean up after itself
+                os._exit(1)  # never back into the launcher's code, which would clean up after itself
         children.append(pid)
     return children
 
@@ -238,8 +236,8 @@ def die_with_parent(parent: int) -> None:
             os._exit(1)
 
 
-def _run_child(work: Callable[[], None], rank: int) -> int:
-    """Exit code of one forked rank."""
+def _run_child(work: Callable[[], None]) -> NoReturn:
+    """What a forked rank does, to its end."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler would end its other children
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     code = 0
@@ -250,11 +248,7 @@ def _run_child(work: Callable[[], None], rank: int) -> int:
     except BaseException as error:
         code = 2 if isinstance(error, UserError) else 1
         report_to_parent(error)
-    # os._exit skips this, and a data worker would be left behind.
-    multiprocessing.util._exit_function()  # type: ignore[attr-defined]
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return code
+    leave(code)
 
 
 def _respawn(work: Callable[[], None], world_size: int) -> list[int]:
