@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsv3_train.errors import UserError
+from dsv3_train.pipeline.operations import Op, name_in_trace
 from dsv3_train.profiling.intervals import union
 from traces import ALL_REDUCE, GEMM, SEND, analyze, dsv3, event, kernel, launch, parts, write
 
@@ -258,6 +259,33 @@ def test_steps_and_named_ranges_follow_the_launches(of):
     (dispatch,) = report["ranges"]
     assert (dispatch["name"], dispatch["count"], dispatch["kernels"]) == ("dispatch", 3, 3)
     assert (dispatch["comm_ms"], dispatch["exposed_comm_ms"]) == (pytest.approx(0.9), pytest.approx(0.6))
+
+
+def test_pairs_are_told_from_what_stands_alone(of):
+    """By the names that schedules give their operations: a forward whose all-to-all is exposed, then two pairs."""
+    names = (
+        name_in_trace((Op("F", 0, 1, 0),)),
+        name_in_trace((Op("F", 0, 1, 1), Op("B", 1, 0, 0))),
+        name_in_trace((Op("F", 0, 1, 2), Op("B", 1, 0, 1))),
+        "attention & experts",  # somebody's own
+    )
+    events = []
+    for number, name in enumerate(names):
+        at, alone = number * 1000, number in (0, 3)
+        events += [
+            event("user_annotation", name, at, 900, 1, 1),
+            launch(10 * number + 1, at + 10),
+            launch(10 * number + 2, at + 20),
+            kernel(GEMM, at + 100, 500, correlation=10 * number + 1),
+            kernel(SEND, at + (600 if alone else 350), 300, 20, correlation=10 * number + 2),
+        ]
+    report = of(events)
+    assert report["hidden_fraction"] == pytest.approx(500 / 1200)
+    pairs = report["pairs"]
+    assert (pairs["count"], pairs["kernels"]) == (2, 4)
+    parts = [pairs[key] for key in ("compute_ms", "comm_ms", "exposed_comm_ms", "hidden_fraction")]
+    assert parts == pytest.approx([1.0, 0.6, 0.1, 5 / 6])
+    assert of(events[:5])["pairs"] is None
 
 
 def test_steps_and_ranges_that_only_the_gpu_tells_of(of):

@@ -207,7 +207,7 @@ def figures_of(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     timed = json.loads((where / "pipeline.json").read_text())
     pipelines, _, _ = write_pipelines(where, timed)
     (where / "pipeline.svg").replace(options.out / f"{case}.svg")
-    kept = ("span_ms", "compute_ms", "comm_ms", "exposed_comm_ms", "hidden_fraction", "idle_ms")
+    kept = ("span_ms", "compute_ms", "comm_ms", "exposed_comm_ms", "hidden_fraction", "idle_ms", "pairs")
     traced = []
     for rank in (0, options.gpus - 1):
         of = of_rank(works([read(trace_of(where, rank))], table())[0])
@@ -248,14 +248,15 @@ def show(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    titles = ("step ms", "tok/s/GPU", "bubble %", "simulated %", "exposed ms", "hidden %", "peak GiB", "loss", "grad.")
-    table = Table("case", *titles)
+    titles = "step ms|tok/s/GPU|bubble %|simulated %|exposed ms|hidden %|in pairs|peak GiB|loss|grad."
+    table = Table("case", *titles.split("|"))
     for name, told in found.items():
         if "losses" not in told:
             table.add_row(name, told["failed"])
             continue
         pipe, (traced, *_) = told["pipelines"][0], told["traced"]
-        hidden, peaks = traced["hidden_fraction"], [peak for peak in told["memory_gib"] if peak is not None]
+        peaks = [peak for peak in told["memory_gib"] if peak is not None]
+        hidden = [(one or {}).get("hidden_fraction") for one in (traced, traced["pairs"])]
         table.add_row(
             name,
             f"{told['step_ms']:.0f}",
@@ -263,7 +264,7 @@ def show(found: dict[str, Any]) -> None:
             f"{100 * pipe['bubble_fraction']:.1f}",
             f"{100 * pipe['simulated_bubble_fraction']:.1f}",
             f"{traced['exposed_comm_ms']:.0f}",
-            "-" if hidden is None else f"{100 * hidden:.1f}",
+            *("-" if share is None else f"{100 * share:.1f}" for share in hidden),
             f"{max(peaks):.0f}" if peaks else "-",
             f"{told.get('loss_difference', 0):.1e}",
             f"{told['gradients']['all']:.1e}" if "gradients" in told else "-",

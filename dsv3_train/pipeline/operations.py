@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Union
 
@@ -49,6 +50,15 @@ class Compute(NamedTuple):
     """One operation, or a forward and a whole backward, in that order, whose kernels overlap (F&B)."""
 
     ops: tuple[Op, ...]
+
+
+def name_in_trace(ops: tuple[Op, ...]) -> str:
+    """Of the range in a profiler's trace: `F stage 2 micro-batch 5`; of a pair, both."""
+    return " & ".join(f"{op.kind} stage {op.stage} micro-batch {op.micro_batch}" for op in ops)
+
+
+PAIR_IN_TRACE = re.compile(r"F stage \d+ micro-batch \d+ & B stage \d+ micro-batch \d+")
+"""What `name_in_trace` makes of an F&B pair."""
 
 
 class Exchange(NamedTuple):

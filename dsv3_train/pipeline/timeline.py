@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from dsv3_train.pipeline.operations import Op
+from dsv3_train.pipeline.operations import Op, name_in_trace
 from dsv3_train.pipeline.simulate import Span
 
 
@@ -26,7 +26,7 @@ class Timeline:
         """What runs within is `ops`; in a trace, a range of that name."""
         traced = torch.autograd._profiler_enabled()
         start = self._mark()
-        with torch.profiler.record_function(named(ops)) if traced else nullcontext():
+        with torch.profiler.record_function(name_in_trace(ops)) if traced else nullcontext():
             yield
         self._marks.append((start, self._mark(), ops))
 
@@ -47,8 +47,3 @@ class Timeline:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-
-def named(ops: tuple[Op, ...]) -> str:
-    """`F stage 2 micro-batch 5`; of a pair, both."""
-    return " & ".join(f"{op.kind} stage {op.stage} micro-batch {op.micro_batch}" for op in ops)

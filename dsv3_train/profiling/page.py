@@ -159,6 +159,8 @@ def _sections(rank: dict[str, Any]) -> str:
     hidden = rank["hidden_fraction"]
     shown = "none" if hidden is None else f"{hidden:.2%}"
     cards += f"<div><b>{shown}</b><span>of communication hidden</span></div>"
+    if rank["pairs"] and rank["pairs"]["hidden_fraction"] is not None:
+        cards += f"<div><b>{rank['pairs']['hidden_fraction']:.2%}</b><span>of it hidden in F&amp;B pairs</span></div>"
     cards += f"<div><b>{rank['kernels']:,}</b><span>kernels</span></div>"
     parts = [f"<h2>Rank {rank['rank']}</h2>", f'<div class="figures">{cards}</div>']
     parts += [f'<p class="note">{escape(note)}</p>' for note in rank["notes"]]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from dsv3_train.pipeline.operations import PAIR_IN_TRACE
 from dsv3_train.profiling.intervals import union
 from dsv3_train.profiling.work import Work
 
@@ -55,12 +57,7 @@ def ranges(work: Work) -> tuple[list[dict[str, Any]], int]:
     """Kernels launched within each named range, by name, whatever thread launched them; and how many names were left
     out. Ranges may lie within each other, so that they do not sum to anything. `exposed_comm_ms` is their part of the
     rank's exposed communication."""
-    columns, launched = work.trace.ranges, work.start if work.trace.of_gpu[0] else work.launched()
-    if not len(columns["start"]):
-        return [], 0
-    order = np.argsort(launched, kind="stable")
-    times = launched[order]
-    low, high = np.searchsorted(times, columns["start"]), np.searchsorted(times, columns["end"])
+    columns, within = work.trace.ranges, _launched_within(work)
     took = np.zeros(len(work.trace.names), dtype=np.int64)
     np.add.at(took, columns["name"], columns["end"] - columns["start"])
     names = [name for name in np.argsort(-took, kind="stable").tolist() if took[name] > 0]
@@ -69,19 +66,48 @@ def ranges(work: Work) -> tuple[list[dict[str, Any]], int]:
     found = []
     for name in names[:MOST_RANGES]:
         mine = np.flatnonzero(columns["name"] == name)
-        rows = [order[low[i] : high[i]] for i in mine if high[i] > low[i]]
-        kernels = np.unique(np.concatenate(rows)) if rows else np.zeros(0, dtype=np.int64)
-        comm = work.is_comm[kernels]
-        parts = [union(work.start[kernels[which]], work.end[kernels[which]]) for which in (~comm, comm)]
-        found.append(
-            {
-                "name": work.trace.names[name],
-                "count": len(mine),
-                "host_ms": float(took[name]) / 1e6,
-                "kernels": len(kernels),
-                "compute_ms": parts[0].total / 1e6,
-                "comm_ms": parts[1].total / 1e6,
-                "exposed_comm_ms": (parts[1] & work.exposed).total / 1e6,
-            }
-        )
+        figures = _parts(work, within(mine))
+        host = float(took[name]) / 1e6
+        found.append({"name": work.trace.names[name], "count": len(mine), "host_ms": host, **figures})
     return found, max(0, len(names) - MOST_RANGES)
+
+
+def pairs(work: Work) -> dict[str, Any] | None:
+    """What a schedule's F&B pairs launched; None if there are none.
+
+    Beside them stand forward and backward passes that have nothing to hide behind, so that this is what overlap can
+    do, and the rank's own `hidden_fraction` what it did for the step.
+    """
+    names = work.trace.ranges["name"]
+    of_pairs = [name for name in np.unique(names).tolist() if PAIR_IN_TRACE.fullmatch(work.trace.names[name])]
+    mine = np.flatnonzero(np.isin(names, of_pairs))
+    if not len(mine):
+        return None
+    figures = _parts(work, _launched_within(work)(mine))
+    comm, exposed = figures["comm_ms"], figures["exposed_comm_ms"]
+    return {"count": len(mine), **figures, "hidden_fraction": 1 - exposed / comm if comm else None}
+
+
+def _launched_within(work: Work) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from rows of ranges to the kernels that were launched within any of them."""
+    columns, launched = work.trace.ranges, work.start if work.trace.of_gpu[0] else work.launched()
+    order = np.argsort(launched, kind="stable")
+    times = launched[order]
+    low, high = np.searchsorted(times, columns["start"]), np.searchsorted(times, columns["end"])
+
+    def within(mine: np.ndarray) -> np.ndarray:
+        rows = [order[low[i] : high[i]] for i in mine if high[i] > low[i]]
+        return np.unique(np.concatenate(rows)) if rows else np.zeros(0, dtype=np.int64)
+
+    return within
+
+
+def _parts(work: Work, kernels: np.ndarray) -> dict[str, Any]:
+    comm = work.is_comm[kernels]
+    computing, talking = (union(work.start[kernels[which]], work.end[kernels[which]]) for which in (~comm, comm))
+    return {
+        "kernels": len(kernels),
+        "compute_ms": computing.total / 1e6,
+        "comm_ms": talking.total / 1e6,
+        "exposed_comm_ms": (talking & work.exposed).total / 1e6,
+    }

@@ -13,7 +13,7 @@ from dsv3_train.errors import UserError
 from dsv3_train.profiling.across import across
 from dsv3_train.profiling.gemm import gemm
 from dsv3_train.profiling.intervals import union
-from dsv3_train.profiling.ranges import ranges, steps, window
+from dsv3_train.profiling.ranges import pairs, ranges, steps, window
 from dsv3_train.profiling.waits import exposures, idle
 from dsv3_train.profiling.work import Work, is_unclassified
 
@@ -63,6 +63,7 @@ def of_rank(work: Work) -> dict[str, Any]:
         "largest": _largest(work),
         "streams": _streams(work),
         "steps": steps(work),
+        "pairs": pairs(work),
         "ranges": named,
         "gemm": gemm(work),
         "exposures": exposures(work),

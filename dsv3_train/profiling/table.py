@@ -151,6 +151,9 @@ def _closing(figures: dict[str, Any], ranks: list[dict[str, Any]]) -> list[Text]
         lines.append(Text(f"! {of}{one['text']}", style="bold"))
     for rank in ranks:
         of = f"rank {rank['rank']}: " if len(ranks) > 1 else ""
+        if pairs := rank["pairs"]:
+            parts = f"{_ms(pairs['exposed_comm_ms'])} of {_ms(pairs['comm_ms'])} ms of communication exposed"
+            lines.append(Text(f"{of}{pairs['count']:,} F&B pairs: {parts}, {_share(pairs['hidden_fraction'])} hidden"))
         lines += [Text(f"{of}{note}", style="dim") for note in rank["notes"]]
         unknown = rank["unclassified"]
         if unknown["ms"]:
