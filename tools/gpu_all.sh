@@ -1,13 +1,14 @@
 #!/bin/bash
-# Everything that claims to work on GPUs, on one host with two of them.
-# bash tools/gpu_all.sh OUT [PART...]    parts: machine pairs two tests schedules tiny same study; all by default
+# Everything that claims to work on GPUs, on one host with two of them or more.
+# bash tools/gpu_all.sh OUT [PART...]    parts: machine pairs two tests schedules tiny same checkpoint study; all by default
 # A line per part in OUT/summary.txt, what each printed in OUT/PART.log. Runs and data go to /tmp/gpu_all.
 set -u
 . tools/on_gpu.sh
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
-parts=" ${*:-machine pairs two tests schedules tiny same study} "
+parts=" ${*:-machine pairs two tests schedules tiny same checkpoint study} "
 at=/tmp/gpu_all
+gpus=$(nvidia-smi --list-gpus | wc -l)
 mkdir -p $at
 start=$(date +%s)
 say() { echo "[$(($(date +%s) - start)) s] $*" | tee -a "$out/summary.txt"; }
@@ -30,27 +31,39 @@ if wanted machine; then
   part preflight dsv3 preflight dsv3_tiny "${two_gpus[@]}" data.prepare.output=/tmp/tiny-data/stdlib
 fi
 
-# Both GPUs, alone: how much communication hides.
-wanted pairs && part pairs tests tests/gpu/test_two_gpus.py -k "pairs and blockwise"
-if wanted two; then # tiny models, mostly imports: beside each other
-  for schedule in 1f1b dualpipe dualpipev zb1p; do
-    part "two_$schedule" tests "tests/gpu/test_two_gpus.py::test_schedules[$schedule]" &
-  done
-  part two_dispatch tests tests/gpu/test_two_gpus.py -k fp8_dispatch &
-  wait
+# How much communication hides, and from four GPUs on beside it the tests of two.
+if wanted pairs; then
+  part pairs tests tests/gpu/test_two_gpus.py -k "pairs and blockwise" &
+  ((gpus >= 4)) || wait
 fi
-wanted schedules && part schedules python3 tools/gpu_schedules.py --gpus 2 --out "$out/schedules" --minutes 6
+if wanted two; then # tiny models, mostly imports: beside each other
+  ((gpus >= 4)) && on=2,3 || on=0,1
+  for schedule in 1f1b dualpipe dualpipev zb1p; do
+    CUDA_VISIBLE_DEVICES=$on part "two_$schedule" tests "tests/gpu/test_two_gpus.py::test_schedules[$schedule]" &
+  done
+  CUDA_VISIBLE_DEVICES=$on part two_dispatch tests tests/gpu/test_two_gpus.py -k fp8_dispatch &
+fi
+wait
+if wanted schedules; then
+  ((gpus >= 4)) && minutes=9 || minutes=6
+  part schedules python3 tools/gpu_schedules.py --gpus $((gpus >= 8 ? 8 : gpus >= 4 ? 4 : 2)) \
+    --out "$out/schedules" --minutes "$minutes"
+fi
 
-# One GPU each, the comparison of precisions on what is left of both.
+# The comparison of precisions on all GPUs but the last, which has the rest, one after the other; of two, on both.
+last=$((gpus - 1))
 if wanted study; then
-  part study dsv3 numerics run dsv3_100m data.prepare.tokenizer=$at/stdlib.tokenizer.json \
+  CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((gpus > 2 ? last - 1 : last))) \
+    part study dsv3 numerics run dsv3_100m data.prepare.tokenizer=$at/stdlib.tokenizer.json \
     data.prepare.output=$at/python --variants blockwise --seeds 3 --paired --jobs 6 --out $at/study &
 fi
 if wanted tests; then
-  CUDA_VISIBLE_DEVICES=1 part tests tests tests/gpu &
+  CUDA_VISIBLE_DEVICES=$last part tests tests tests/gpu &
 fi
-wanted tiny && CUDA_VISIBLE_DEVICES=0 part tiny bash tools/gpu_tiny.sh "$out" 110 50
-wanted same && CUDA_VISIBLE_DEVICES=0 part same bash tools/gpu_deterministic.sh /tmp/tiny-data/stdlib
+export CUDA_VISIBLE_DEVICES=$((gpus > 2 ? last : 0))
+wanted tiny && part tiny bash tools/gpu_tiny.sh "$out" 110 50
+wanted same && part same bash tools/gpu_deterministic.sh /tmp/tiny-data/stdlib
+wanted checkpoint && part checkpoint python3 tools/bench_checkpoint.py dsv3_tiny
 wait
 cp $at/study/report.* "$out" 2>/dev/null
 say "all done"

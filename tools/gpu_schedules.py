@@ -207,7 +207,8 @@ def figures_of(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     timed = json.loads((where / "pipeline.json").read_text())
     pipelines, _, _ = write_pipelines(where, timed)
     (where / "pipeline.svg").replace(options.out / f"{case}.svg")
-    kept = ("span_ms", "compute_ms", "comm_ms", "exposed_comm_ms", "hidden_fraction", "idle_ms", "pairs")
+    kept = ("span_ms", "compute_ms", "comm_ms", "exposed_comm_ms", "hidden_fraction", "idle_ms")
+    kept += ("pairs", "exposures", "findings")
     traced = []
     for rank in (0, options.gpus - 1):
         of = of_rank(works([read(trace_of(where, rank))], table())[0])

@@ -114,7 +114,7 @@ def _measure(trainer: Any, recipe: Recipe, trace: Path) -> dict[str, Any]:
     work = works([read(trace)], table())
     figures = report(work)
     trace.unlink()
-    keep = ("span_ms", "compute_ms", "comm_ms", "exposed_comm_ms", "hidden_fraction", "idle_ms")
+    keep = ("span_ms", "compute_ms", "comm_ms", "exposed_comm_ms", "hidden_fraction", "idle_ms", "pairs", "exposures", "findings")
     streams = [{key: row[key] for key in row if key != "classes"} for row in figures["streams"]]
     return {
         "loss": losses.loss,
