@@ -114,13 +114,13 @@ def _measure(trainer: Any, recipe: Recipe, trace: Path) -> dict[str, Any]:
     work = works([read(trace)], table())
     figures = report(work)
     trace.unlink()
-    keep = ("span_ms", "compute_ms", "comm_ms", "exposed_comm_ms", "hidden_fraction", "idle_ms", "pairs", "exposures", "findings")
+    leave_out = ("ranges", "largest", "steps", "gemm", "file", "unclassified", "streams")
     streams = [{key: row[key] for key in row if key != "classes"} for row in figures["streams"]]
     return {
         "loss": losses.loss,
         "step_ms": 1e3 * sorted(seconds)[1],
         "paired": trainer.executor.paired,
-        **{key: figures[key] for key in keep},
+        **{key: figures[key] for key in figures if key not in leave_out},
         "streams": streams,
     }
 
