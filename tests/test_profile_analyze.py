@@ -285,6 +285,8 @@ def test_pairs_are_told_from_what_stands_alone(of):
     assert (pairs["count"], pairs["kernels"]) == (2, 4)
     parts = [pairs[key] for key in ("compute_ms", "comm_ms", "exposed_comm_ms", "hidden_fraction")]
     assert parts == pytest.approx([1.0, 0.6, 0.1, 5 / 6])
+    (sent,) = pairs["communication"]
+    assert (sent["kernels"], sent["union_ms"], sent["exposed_ms"]) == (2, pytest.approx(0.6), pytest.approx(0.1))
     assert of(events[:5])["pairs"] is None
 
 

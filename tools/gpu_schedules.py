@@ -72,7 +72,8 @@ def recipe_of(case: Case, options: argparse.Namespace) -> Any:
         f"pipeline.overlap_pairs={str(case.overlaps).lower()}",
         f"model.num_hidden_layers={8 if options.gpus > 2 else 4}",
         f"model.n_routed_experts={max(16, 4 * options.gpus)}",
-        f"schedule.batch_size={4 * options.gpus}",
+        f"training.micro_batch_size={options.micro_batch_size}",
+        f"schedule.batch_size={4 * options.gpus * options.micro_batch_size}",
         f"data.prepare.output={options.work / 'data' / 'stdlib'}",
         "data.workers=0",
     ]
@@ -310,6 +311,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/gpu_schedules"), help="data, traces, checkpoints")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--micro-batch-size", type=int, default=1, help="sequences; launches weigh less with more")
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     parser.add_argument("--no-elastic", dest="elastic", action="store_false")
     options = parser.parse_args()

@@ -83,9 +83,17 @@ def pairs(work: Work) -> dict[str, Any] | None:
     mine = np.flatnonzero(np.isin(names, of_pairs))
     if not len(mine):
         return None
-    figures = _parts(work, _launched_within(work)(mine))
+    kernels = _launched_within(work)(mine)
+    figures = _parts(work, kernels)
     comm, exposed = figures["comm_ms"], figures["exposed_comm_ms"]
-    return {"count": len(mine), **figures, "hidden_fraction": 1 - exposed / comm if comm else None}
+    communication = []
+    for number in np.unique(work.cls[kernels][work.is_comm[kernels]]).tolist():
+        own = kernels[work.cls[kernels] == number]
+        covered = union(work.start[own], work.end[own])
+        parts = {"union_ms": covered.total / 1e6, "exposed_ms": (covered & work.exposed).total / 1e6}
+        communication.append({"class": work.classes[number][0], "kernels": len(own), **parts})
+    hidden = 1 - exposed / comm if comm else None
+    return {"count": len(mine), **figures, "hidden_fraction": hidden, "communication": communication}
 
 
 def _launched_within(work: Work) -> Callable[[np.ndarray], np.ndarray]:

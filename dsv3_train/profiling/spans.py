@@ -85,11 +85,15 @@ class MegatronTimeline:
         parameters = inspect.signature(combined)
 
         def recorded(*arguments: Any, **options: Any) -> Any:
-            given = parameters.bind(*arguments, **options).arguments
+            call = parameters.bind(*arguments, **options)
+            given = call.arguments
+            for name in ("pre_forward", "pre_backward"):  # they wait for what has to arrive, which is no computation
+                if (wait := given.pop(name, None)) is not None:
+                    wait()
             forward = None if given["f_model"] is None else self._forward(given["f_model"])
             backward = None if given["b_model"] is None else self._backward(given["b_output_tensor"])
             with self.timeline.span(tuple(op for op in (forward, backward) if op is not None)):
-                result = combined(*arguments, **options)
+                result = combined(*call.args, **call.kwargs)
             if forward is not None:
                 self._of_output[id(_tensor(result[0]))] = forward
             return result

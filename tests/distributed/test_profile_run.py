@@ -121,6 +121,34 @@ def test_overlapped_pairs_of_megatrons_interleaved_schedule_are_recorded(tmp_pat
             assert [tuple(Op(*op) for op in ops) for _, _, ops in step] == computed
 
 
+def test_waits_within_megatrons_pairs_are_no_computation(monkeypatch):
+    """Its interleaved schedule hands the waits for its messages into the pair."""
+    waited: list[str] = []
+
+    def combined(step, f_model, b_model, b_output_tensor, pre_forward=None, pre_backward=None, late=None):
+        assert (pre_forward, pre_backward, late) == (None, None, 3)
+        return (torch.ones(1),)
+
+    def wait(name: str) -> None:
+        time.sleep(0.2)
+        waited.append(name)
+
+    from megatron.core.pipeline_parallel import combined_1f1b
+
+    from dsv3_train.model.stage import Place
+    from dsv3_train.profiling.spans import MegatronTimeline
+
+    monkeypatch.setattr(combined_1f1b, "combined_forward_backward_step", combined)
+    chunk = object()
+    spans = MegatronTimeline([chunk], [Place(0, 1, 4, 0, mirrored=False, replica=False)])
+    with spans.installed():
+        waits = {f"pre_{name}": functools.partial(wait, name) for name in ("forward", "backward")}
+        combined_1f1b.combined_forward_backward_step(None, chunk, None, None, **waits, late=3)
+    (span,) = spans.timeline.spans()
+    assert waited == ["forward", "backward"]
+    assert span.end - span.start < 0.1
+
+
 def _skewed(out: Path) -> None:
     from dsv3_train.profiling.clocks import offsets
 
