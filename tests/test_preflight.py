@@ -12,6 +12,7 @@ import pytest
 
 from dsv3_train.errors import UserError
 from dsv3_train.runtime import preflight, preflight_run
+from dsv3_train.runtime.exits import HUNG
 from dsv3_train.runtime.launch import launch
 from dsv3_train.runtime.preflight import Measurement, gpu_faults, node_faults, slow
 from dsv3_train.runtime.rendezvous import Presence, differences, meet
@@ -126,13 +127,43 @@ def four_with_a_slow_one(folder: Path) -> None:
     launch(work, 4, "cpu")
 
 
-def test_slow_rank_is_named(tmp_path):
-    # In a process of its own: one that had process groups before leaves Megatron's globals with groups whose threads a
-    # fork does not have, and freeing them crashes it.
-    script = f"import pathlib, test_preflight; test_preflight.four_with_a_slow_one(pathlib.Path({str(tmp_path)!r}))"
+def two_of_which_one_hangs(folder: Path) -> None:
+    """The second never gets to the all-reduce."""
+    from dsv3_train.runtime import distributed
+    from parity import tiny
+
+    distributed.prepare_import("cpu")
+    recipe = tiny(parallel={"world_size": 2}, faults={"join_seconds": 60.0, "hang_seconds": 3.0})
+
+    def work() -> None:
+        if os.environ["RANK"] == "1":
+            preflight.gemm_tflops = lambda device: time.sleep(600)
+        preflight_run.join(recipe, "cpu", folder)
+
+    launch(work, 2, "cpu")
+
+
+def in_a_process(function: str, folder: Path) -> subprocess.CompletedProcess:
+    """Not in this one: where there were process groups before, Megatron's globals hold some whose threads a fork does
+    not have, and freeing them crashes it."""
+    script = f"import pathlib, test_preflight; test_preflight.{function}(pathlib.Path({str(folder)!r}))"
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here / "distributed"), os.environ.get("PYTHONPATH", "")])
-    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": path})
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_a_hang_is_ended_and_the_rank_named(tmp_path):
+    done = in_a_process("two_of_which_one_hangs", tmp_path)
+    assert done.returncode == HUNG, done.stderr
+    assert "no progress for 3 s: rank 1 on " in done.stderr
+    assert "pre-flight: matrix products" in done.stderr
+    assert (tmp_path / "hangs" / "1.txt").is_file()
+
+
+def test_slow_rank_is_named(tmp_path):
+    done = in_a_process("four_with_a_slow_one", tmp_path)
+    assert done.returncode == 0, done.stderr
     told = [Path(tmp_path / str(rank)).read_text() for rank in range(4)]
     assert told[0].startswith("pre-flight: rank 2 on "), told
     assert "matrix products" in told[0]

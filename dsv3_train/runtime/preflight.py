@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from dsv3_train.recipe.schema import Recipe
+from dsv3_train.runtime import heartbeat
 from dsv3_train.runtime.environment import versions
 from dsv3_train.runtime.rendezvous import Presence
 
@@ -106,12 +107,15 @@ def measure(device: str) -> list[Measurement]:
     buffer = torch.ones(size, device=device)
     rank, world = dist.get_rank(), dist.get_world_size()
     dist.barrier()
+    heartbeat.mark("pre-flight: matrix products")
     tflops = gemm_tflops(device)
+    heartbeat.mark("pre-flight: all-reduce of all ranks")
     dist.barrier()
     together = _least(device, lambda: dist.all_reduce(buffer))
     experts = parallel_state.get_expert_model_parallel_group()
     received = torch.empty_like(buffer)
     even = size // experts.size() * experts.size()
+    heartbeat.mark("pre-flight: all-to-all of its expert-parallel group")
     to_all = (
         _least(device, lambda: dist.all_to_all_single(received[:even], buffer[:even], group=experts))
         if experts.size() > 1
@@ -121,6 +125,7 @@ def measure(device: str) -> list[Measurement]:
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         following = parallel_state.get_pipeline_model_parallel_next_rank()
         before = parallel_state.get_pipeline_model_parallel_prev_rank()
+        heartbeat.mark(f"pre-flight: a message to rank {following} and one from rank {before}")
 
         def pass_on() -> None:
             operations = [dist.P2POp(dist.isend, buffer, following), dist.P2POp(dist.irecv, received, before)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import TYPE_CHECKING
 
 from dsv3_train.recipe.load import load
 from dsv3_train.recipe.schema import Recipe
-from dsv3_train.runtime import distributed
+from dsv3_train.runtime import distributed, heartbeat
 from dsv3_train.runtime.launch import launch
 from dsv3_train.runtime.rendezvous import Presence, meet
+from dsv3_train.runtime.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from torch.distributed import Store
+
     from dsv3_train.runtime.preflight import Measurement
 
 
@@ -34,13 +38,16 @@ def join(recipe: Recipe, device: str, run_dir: Path) -> list[str]:
         UserError: a rank is missing, a node is broken or has other versions: named.
     """
     if not recipe.faults.preflight:
-        _meet(recipe, device, Presence(int(os.environ["RANK"])))
+        store, _ = _meet(recipe, Presence(int(os.environ["RANK"])))
+        distributed.start(recipe, device, store)
         return []
-    return [f"pre-flight: {line}" for line in _check(recipe, device, run_dir).slow]
+    return [f"pre-flight: {line}" for line in _check(recipe, device, run_dir, run_dir).slow]
 
 
 def run(ref: str, overrides: list[str], show: Callable[[Report], None]) -> None:
     """Check the machines that would train a recipe; `show` is called on rank 0.
+
+    What each rank was at when one of them hung stays in RUN_DIR.preflight.
 
     Raises:
         UserError: as `join`; or the recipe is at fault.
@@ -53,8 +60,11 @@ def run(ref: str, overrides: list[str], show: Callable[[Report], None]) -> None:
 
     def on_rank() -> None:
         distributed.prepare_import(device, recipe)
-        report = _check(recipe, device, Path(recipe.runtime.run_dir.format(name=recipe.name)))
+        run_dir = Path(recipe.runtime.run_dir.format(name=recipe.name))
+        beside = run_dir.with_name(run_dir.name + ".preflight")  # the run itself may be under way
+        report = _check(recipe, device, run_dir, beside)
         if int(os.environ["RANK"]) == 0:
+            shutil.rmtree(beside, ignore_errors=True)
             show(report)
         distributed.stop()
         if report.slow:
@@ -63,15 +73,24 @@ def run(ref: str, overrides: list[str], show: Callable[[Report], None]) -> None:
     launch(on_rank, recipe.parallel.world_size, device)
 
 
-def _check(recipe: Recipe, device: str, run_dir: Path) -> Report:
+def _check(recipe: Recipe, device: str, run_dir: Path, watched: Path) -> Report:
+    """Meet, divide and measure; who hangs in that is ended and named, by what it leaves in `watched`."""
     from dsv3_train.runtime import preflight
 
-    everyone = _meet(recipe, device, preflight.presence(recipe, device, run_dir, int(os.environ["RANK"])))
-    measured = preflight.measure(device)
+    rank = int(os.environ["RANK"])
+    store, everyone = _meet(recipe, preflight.presence(recipe, device, run_dir, rank))
+    beat = heartbeat.start(watched / "heartbeats", rank)
+    watchdog = Watchdog(beat, watched, recipe.parallel.world_size, recipe.faults.hang_seconds)
+    if recipe.faults.hang_seconds:
+        watchdog.start()
+    try:
+        heartbeat.mark("pre-flight: process groups")
+        distributed.start(recipe, device, store)
+        measured = preflight.measure(device)
+    finally:
+        watchdog.stop()
     return Report(everyone, measured, preflight.slow(measured, recipe.faults.slow_factor))
 
 
-def _meet(recipe: Recipe, device: str, me: Presence) -> list[Presence]:
-    store, everyone = meet(me, recipe.faults.join_seconds, recipe.parallel.gpus_per_node)
-    distributed.start(recipe, device, store)
-    return everyone
+def _meet(recipe: Recipe, me: Presence) -> tuple[Store, list[Presence]]:
+    return meet(me, recipe.faults.join_seconds, recipe.parallel.gpus_per_node)
