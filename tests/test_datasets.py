@@ -87,6 +87,37 @@ def test_several_epochs(tmp_path):
     assert set(counts.values()) <= {2, 3}
 
 
+def test_more_samples_begin_with_the_same_ones(tmp_path):
+    """Over epochs, to the sample; Megatron-core's own dataset shuffles over all of them together."""
+    a = {"path": write(tmp_path / "a"), "weight": 1.0}
+    b = {"path": write(tmp_path / "b", LENGTHS[:37], first=20_000), "weight": 2.5}
+    epoch = (int(LENGTHS.sum()) - 1) // S
+    for number, train in enumerate(([a], [a, b])):
+        cache = tmp_path / f"cache{number}"
+        wanted = (epoch - 3, epoch + 2, 2 * epoch, 5 * epoch)
+        short, *longer = (samples(datasets.build(recipe(train=train), cache, count, 0)[0]) for count in wanted)
+        assert all(len(rows) >= count for rows, count in zip((short, *longer), wanted, strict=True))
+        for rows in longer:
+            assert np.array_equal(rows[: len(short)], short)
+            short = rows
+
+
+def test_one_epoch_is_megatrons(tmp_path, monkeypatch):
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+    from dsv3_train.data import epochs
+
+    prefix, own = write(tmp_path / "a"), epochs.EpochDataset
+    built = {}
+    for kind in (own, GPTDataset):
+        monkeypatch.setattr(epochs, "EpochDataset", kind)
+        for count in (10, 3 * (int(LENGTHS.sum()) - 1) // S):
+            built[kind, count > 10] = samples(datasets.build(recipe(prefix), tmp_path / kind.__name__, count, 0)[0])
+    assert np.array_equal(built[own, False], built[GPTDataset, False])
+    one = len(built[own, False])
+    assert not np.array_equal(built[GPTDataset, True][:one], built[GPTDataset, False])  # what epochs.py is there for
+
+
 def test_split_is_by_documents_and_disjoint(tmp_path):
     prefix = write(tmp_path / "a")
     boundary = int(LENGTHS[:48].sum())

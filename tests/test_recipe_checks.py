@@ -46,8 +46,8 @@ CASES = {
     "dense layers": (
         ["model.first_k_dense_replace=5"],
         "model.first_k_dense_replace",
-        "set it to 4 or less",
-        ["model.first_k_dense_replace=4"],
+        "5 dense layers of 4, and the last one has experts with Multi-Token Prediction; set it to 3 or less",
+        ["model.first_k_dense_replace=3"],
     ),
     "rope": (["model.qk_rope_head_dim=7"], "model.qk_rope_head_dim", "6 or 8", ["model.qk_rope_head_dim=8"]),
     "mtp weight": (
@@ -154,7 +154,7 @@ CASES = {
     "mtp within a V": (
         ["parallel={world_size: 2, pipeline: 2}", "pipeline={schedule: zbv, layout: Et|t|ttm|L}"],
         "pipeline.layout",
-        "with schedule zbv, MTP (m) must be on the last stage",
+        "MTP (m) must be on the last stage",
         ["pipeline.layout=Et|t|tt|mL"],
     ),
     "pairs without experts apart": (
@@ -213,6 +213,12 @@ CASES = {
         "all MTP modules (m) must be on one stage",
         ["pipeline.layout=Etttt|mmL"],
     ),
+    "mtp before the head's stage": (  # its embedding would get the gradients of the head
+        ["parallel={world_size: 3, pipeline: 3}", "schedule.batch_size=9", "pipeline.layout=Ett|ttm|L"],
+        "pipeline.layout",
+        "MTP (m) must be on the last stage, with the head",
+        ["pipeline.layout=Ett|tt|mL"],
+    ),
     "mtp in an early virtual stage": (
         [
             "parallel={world_size: 2, pipeline: 2}",
@@ -220,7 +226,7 @@ CASES = {
             "pipeline.layout=Ett|ttm||L",
         ],
         "pipeline.layout",
-        "MTP (m) must be in the last virtual stage",
+        "MTP (m) must be on the last stage",
         ["pipeline.layout=Ett|tt||mL"],
     ),
     "batch too small": (

@@ -48,16 +48,19 @@ def read(directory: Path) -> Sums | None:
         raise ValueError(f"not a manifest ({error})") from None
 
 
-def fault(directory: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+def fault(directory: Path, share: tuple[int, int] = (0, 1), demanded: bool = False) -> str | None:
     """What is wrong with a checkpoint, naming the file; None: all of this share is as it was written.
 
     Args:
         share: (rank, ranks): the files are divided among them, for reading takes as long as loading.
+        demanded: a checkpoint without a manifest is at fault.
     """
     try:
         known = read(directory)
     except ValueError as error:
         return f"{NAME}: {error}"
+    if known is None and demanded:
+        return f"{NAME}: missing"
     rank, ranks = share
     for name, (size, digest) in sorted((known or {}).items())[rank::ranks]:
         file = directory / name

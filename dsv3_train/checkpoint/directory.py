@@ -12,6 +12,7 @@ from dsv3_train.errors import UserError
 _STEP = re.compile(r"step_(\d{8,})")
 UNFINISHED = ".unfinished"
 DAMAGED = ".damaged"
+_REPLACED = ".replaced"
 _DAMAGED_KEPT = 2
 """Of those set aside, the newest: enough to look into, and no disk is filled by a disk that fails."""
 
@@ -65,9 +66,21 @@ def discard_after(root: Path, step: int) -> None:
 
 
 def prune(root: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints."""
+    """Delete all but the newest `keep_last` checkpoints, and what `finish` left when it was killed."""
     for path in complete(root)[:-keep_last]:
         _delete(path)
+    for left in root.glob(f"step_*{_REPLACED}"):
+        shutil.rmtree(left)
+
+
+def finish(unfinished: Path, path: Path) -> None:
+    """Give what is written its name, in place of one of the same step: the run resumed from an earlier one."""
+    replaced = path.with_name(path.name + _REPLACED)
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        path.rename(replaced)
+    unfinished.rename(path)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _delete(path: Path) -> None:

@@ -54,7 +54,7 @@ def newest(
     paths, faults = listed[0]
     passed_over = False
     for path in paths:
-        fault = checksums.fault(path, (rank, world)) if verify else None
+        fault = checksums.fault(path, (rank, world), demanded=True) if verify else None
         if rank == 0 and fault is None:
             try:
                 reason = usable(_common(path))
@@ -79,6 +79,19 @@ def newest(
             f"put one there, or remove {root} to train anew"
         )
     return None
+
+
+def refuse_damaged(path: Path) -> None:
+    """Read all files for their checksums, divided among the ranks. Collective.
+
+    Raises:
+        UserError: on every rank: one of them is not what was written.
+    """
+    world = torch.distributed.get_world_size()
+    found: list[Any] = [None] * world
+    torch.distributed.all_gather_object(found, checksums.fault(path, (torch.distributed.get_rank(), world)))
+    if fault := next(filter(None, found), None):
+        raise UserError(f"{path}: the checkpoint is damaged ({fault}); give another")
 
 
 def load_training(
@@ -109,7 +122,10 @@ def load_training(
         notes.append("the checkpoint has no parameter average: it starts anew from the parameters")
     loaded = _load(path, state, saved)
     set_model_state(chunks, loaded)
+    settings = [{name: group[name] for name in ("betas", "eps")} for group in optimizer.param_groups]
     optimizer.load_state_dict(loaded["optimizer"])
+    for group, own in zip(optimizer.param_groups, settings, strict=True):  # the recipe's, not the checkpoint's
+        group.update(own)
     if "ema" in loaded and ema is not None:
         ema.load_state_dict(loaded["ema"])
     elif ema is not None:
@@ -135,9 +151,7 @@ def load_weights(path: Path, chunks: list[GPTModel]) -> Position:
     Raises:
         UserError: not a checkpoint, damaged, or of another model.
     """
-    fault = checksums.fault(path, (torch.distributed.get_rank(), torch.distributed.get_world_size()))
-    if fault:
-        raise UserError(f"{path}: the checkpoint is damaged ({fault}); give another")
+    refuse_damaged(path)
     common = _common(path)
     loaded = _load(path, dict(model_state(chunks)), dist_checkpointing.load_tensors_metadata(str(path)))
     set_model_state(chunks, loaded)

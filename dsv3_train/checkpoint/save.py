@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from dsv3_train.checkpoint import checksums
-from dsv3_train.checkpoint.directory import UNFINISHED, prune, step_path
+from dsv3_train.checkpoint.directory import UNFINISHED, finish, prune, step_path
 from dsv3_train.runtime.launch import die_with_parent
 
 logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
@@ -91,6 +91,7 @@ class CheckpointWriter:
         self._saved = saved  # told on rank 0 when a checkpoint is whole, and for how many seconds training stood still
         self._failed = failed  # told on every rank the step and the reason
         self._save: _Save | None = None
+        self._whole = True
         self._stood_still, self._began = 0.0, 0.0
         self._rank = torch.distributed.get_rank()
         # Megatron would start a manager process for this queue, which a killed rank leaves behind for good
@@ -100,7 +101,7 @@ class CheckpointWriter:
     def save(self, state: Callable[[], dict], step: int) -> None:
         """Begin to save `state()` as the checkpoint of `step`. Collective."""
         self.finish()  # one at a time: a second would only compete for the disk
-        self._stood_still = 0.0
+        self._stood_still, self._whole = 0.0, False
         with self._standing_still():
             self._begin(state(), step)
 
@@ -150,12 +151,13 @@ class CheckpointWriter:
             if not waiting.item():
                 self._complete()
 
-    def finish(self) -> None:
-        """Wait for the save under way, if any. Collective."""
+    def finish(self) -> bool:
+        """Wait for the save under way, if any; whether the last one became a whole checkpoint. Collective."""
         if self._save is not None:
             with self._standing_still():
                 self._receive(None)
                 self._complete()
+        return self._whole
 
     def _receive(self, seconds: float | None) -> None:
         """Take what this rank's writer has to tell, if it is done within so many seconds."""
@@ -187,12 +189,13 @@ class CheckpointWriter:
         if everyone is not None:
             try:
                 _close(save, everyone)
-                if final.exists():  # the same step again, after a resume from an earlier one
-                    shutil.rmtree(final)
-                save.unfinished.rename(final)
+                finish(save.unfinished, final)
             except OSError as reason:
                 error = _in_words(reason)
-        if self._any_failed(save.step, error, save.unfinished) or self._rank:
+        if self._any_failed(save.step, error, save.unfinished):
+            return
+        self._whole = True
+        if self._rank:
             return
         try:
             prune(self.root, self.keep_last)

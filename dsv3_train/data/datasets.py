@@ -40,8 +40,8 @@ def build(
     """Training and validation samples. Collective: rank 0 builds the indices, the others then load them.
 
     A sample is a dict of tokens, labels, position_ids (int64 [s]) and loss_mask (float32 [s], all ones). Documents
-    follow one another without masks between them (technical report, section 4.2). Order depends on `data.seed` and
-    the number of samples alone: Megatron shuffles over all epochs that the samples take.
+    follow one another without masks between them (technical report, section 4.2). Order depends on `data.seed`
+    alone: asked for more samples, the first ones stay what they are (data/epochs.py).
 
     Args:
         cache_dir: where the indices go; all ranks have to see it. Never beside the data: Megatron reads them back
@@ -58,7 +58,9 @@ def build(
     check(recipe)
     import torch
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
+    from dsv3_train.data.epochs import EpochDataset
 
     data = recipe.data
     train = train_sets(recipe)
@@ -92,7 +94,7 @@ def build(
             shutil.rmtree(cache, ignore_errors=True)
         try:
             built = BlendedMegatronDatasetBuilder(
-                GPTDataset, [train_samples, valid_samples, 0], lambda: True, config
+                EpochDataset, [train_samples, valid_samples, 0], lambda: True, config
             ).build()
         except FileNotFoundError as error:
             raise UserError(

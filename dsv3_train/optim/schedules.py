@@ -1,8 +1,8 @@
 """What changes over a run: learning rate, batch size, MTP weight, bias update speed.
 
-The only state is the number of consumed samples. A step's values are those at the tokens consumed *before* it, as
-in Megatron, so the first step of a warm-up from 0 has learning rate 0. Consumed tokens are samples x sequence
-length.
+The only state is the number of consumed samples, and where another layout or recipe brought a run off this plan, of
+steps. A step's values are those at the tokens consumed *before* it, as in Megatron, so the first step of a warm-up
+from 0 has learning rate 0. Consumed tokens are samples x sequence length.
 
 A piece runs over the unit of its `until` (or, in the last piece, of the run's duration). So `{linear: [0, 2.2e-4],
 until: 2000 steps}` rises by the same amount every step while the batch grows, as the report's warm-up does; a piece
@@ -88,14 +88,21 @@ class Schedules:
         """Steps of the whole run."""
         self.total_samples: int = self._sample_at(self.total_steps)
         """Sequences that those steps consume."""
+        self.enough_samples: int = self.total_samples + max(self._sizes)
+        """Sequences to have ready: off the plan the end may be up to a batch later."""
         self.total_tokens: int = self.total_samples * self._sequence_length if in_steps else self._duration
         """Planned length. Given in tokens, the last step ends up to a batch later."""
         for name, pieces in {"batch_size": self._batch, **self._others}.items():
             self._require_to_the_end(name, pieces)
 
-    def at(self, consumed_samples: int) -> Values:
-        """The settings of the step that begins when `consumed_samples` sequences are consumed."""
-        step, tokens = self.step_of(consumed_samples), consumed_samples * self._sequence_length
+    def at(self, consumed_samples: int, step: int | None = None) -> Values:
+        """The settings of the step that begins when `consumed_samples` sequences are consumed.
+
+        Args:
+            step: its number, from 0, in a run that came off this plan; None: the plan's.
+        """
+        step = self.step_of(consumed_samples) if step is None else step
+        tokens = consumed_samples * self._sequence_length
         others = {name: _active(pieces, step, tokens).value(step, tokens) for name, pieces in self._others.items()}
         return Values(batch_size=self._size(_active(self._batch, step, tokens), step, consumed_samples), **others)
 
@@ -104,12 +111,16 @@ class Schedules:
         run = bisect_right(self._samples, consumed_samples) - 1
         return self._steps[run] + -(-(consumed_samples - self._samples[run]) // self._sizes[run])
 
-    def plan(self, consumed_samples: int = 0) -> Iterator[tuple[int, int, int]]:
+    def plan(self, consumed_samples: int = 0, step: int | None = None) -> Iterator[tuple[int, int, int]]:
         """(step, first sample, batch size) of every step from here to the end of the run; steps count from 0.
 
         `consumed_samples` may lie between the steps of this plan: another layout rounds batches otherwise.
+
+        Args:
+            step: as in `at`.
         """
-        step, sample = self.step_of(consumed_samples), consumed_samples
+        sample = consumed_samples
+        step = self.step_of(consumed_samples) if step is None else step
         pieces = iter(self._batch)
         piece = next(pieces)
         while not self._finished(step, sample):

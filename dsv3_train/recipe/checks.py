@@ -84,10 +84,13 @@ def _routing(recipe: Recipe) -> Faults:
 
 def _model(recipe: Recipe) -> Faults:
     m = recipe.model
-    if m.first_k_dense_replace > m.num_hidden_layers:
+    # Megatron-core makes Multi-Token Prediction's layer like the last one, and it has experts.
+    most = m.num_hidden_layers - bool(m.num_nextn_predict_layers)
+    if m.first_k_dense_replace > most:
+        last = ", and the last one has experts with Multi-Token Prediction" if m.num_nextn_predict_layers else ""
         yield (
             "model.first_k_dense_replace",
-            f"{m.first_k_dense_replace} dense layers of {m.num_hidden_layers}; set it to {m.num_hidden_layers} or less",
+            f"{m.first_k_dense_replace} dense layers of {m.num_hidden_layers}{last}; set it to {most} or less",
         )
     if m.qk_rope_head_dim % 2:
         yield (

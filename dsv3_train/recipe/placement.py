@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dsv3_train.recipe.chunks import MIRRORED
 from dsv3_train.recipe.layout import stages, suggestion
 from dsv3_train.recipe.schema import Recipe
 
@@ -48,9 +47,7 @@ def _order(recipe: Recipe, placed: list[str]) -> Iterator[str]:
         yield "MTP (m) must come after all decoder layers (t)"
     if sum("m" in stage for stage in placed) > 1:
         yield "all MTP modules (m) must be on one stage"
-    if recipe.pipeline.schedule in MIRRORED and "m" not in placed[-1]:
-        # There it shares the embedding of the same rank, one physical copy (report, section 3.2.3).
-        yield f"with schedule {recipe.pipeline.schedule}, MTP (m) must be on the last stage"
-    # Megatron-core builds MTP in a rank's last virtual stage only.
-    elif any("m" in stage for stage in placed[: -recipe.parallel.pipeline]):
-        yield "MTP (m) must be in the last virtual stage"
+    if "m" not in placed[-1]:
+        # Megatron-core sums the gradients of the embedding on the first stage and of what the last one has for it
+        # (parallel_state.default_embedding_ranks): of an MTP on another stage it would be the head's.
+        yield "MTP (m) must be on the last stage, with the head"

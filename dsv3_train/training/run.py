@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from megatron.core import parallel_state
 from dsv3_train.checkpoint.directory import complete, discard_after, resolve
 from dsv3_train.checkpoint.hf.fill import load_published
 from dsv3_train.checkpoint.hf.origin import PREFIX
-from dsv3_train.checkpoint.load import begin_from_weights, load_training, newest
+from dsv3_train.checkpoint.load import begin_from_weights, load_training, newest, refuse_damaged
 from dsv3_train.checkpoint.save import CheckpointWriter
 from dsv3_train.checkpoint.state import Position, training_state
 from dsv3_train.data import batches as data_batches
@@ -44,6 +45,9 @@ from dsv3_train.training.step import (
     update,
 )
 
+_WAITS = (1, 10, 30)
+"""Seconds before each further attempt at a run's last checkpoint."""
+
 
 class Run:
     """One rank's share of a training run."""
@@ -71,9 +75,7 @@ class Run:
         self.log: RunLog | None = None
         whole = recipe.batch_multiple
         self.eval_sequences = -(-recipe.training.eval_sequences // whole) * whole
-        self.train_data, self.valid_data = datasets.build(
-            recipe, run_dir / "cache", self.schedules.total_samples, self.eval_sequences
-        )
+        self.train_data, self.valid_data = self._datasets(self.schedules.enough_samples)
         startup.mark("datasets")
         self.trainer = assemble(recipe, device)
         self.ema = ParameterEma(self.trainer.models, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
@@ -103,6 +105,9 @@ class Run:
         gc.collect()
         gc.freeze()
 
+    def _datasets(self, samples: int) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset | None]:
+        return datasets.build(self.recipe, self.run_dir / "cache", samples, self.eval_sequences)
+
     def _event(self, text: str) -> None:
         if self.log:
             self.log.event(text)
@@ -131,14 +136,33 @@ class Run:
             return
         if path is None and begin:
             path = resolve(Path(begin))
-        if path is not None:
-            for note in self._load(path):
-                told(note)
+            if self.recipe.checkpoint.verify:
+                refuse_damaged(path)
+        if path is None:
+            return
+        for note in self._load(path):
+            told(note)
+        step, samples = self.position.step, self.position.consumed_samples
+        if (planned := self.schedules.step_of(samples)) != step:
+            told(
+                f"this recipe's batches would have taken {planned} steps to {samples:,} samples; steps count on from "
+                f"{step}, and what is scheduled by steps follows them"
+            )
+            *_, end = [samples, *(first + size for _, first, size in self.schedules.plan(samples, step))]
+            if end > self.schedules.enough_samples:
+                self.train_data, _ = self._datasets(end)
 
     def _load(self, path: Path) -> list[str]:
         """Be where a checkpoint is."""
         trainer = self.trainer
         self.position, guarded, notes = load_training(path, self.recipe, trainer.models, trainer.optimizer, self.ema)
+        length, position = self.recipe.training.sequence_length, self.position
+        if position.consumed_tokens != position.consumed_samples * length:
+            raise UserError(
+                f"{path}: trained on {position.consumed_samples:,} sequences of {position.consumed_tokens:,} tokens; "
+                f"of another length, samples and schedules would be counted otherwise; set training.sequence_length="
+                f"{position.consumed_tokens // max(position.consumed_samples, 1)}, not {length}"
+            )
         self.guard.restore(guarded)
         return [f"resumed from {path} at step {self.position.step}", *notes]
 
@@ -188,14 +212,33 @@ class Run:
                 self._save()
                 last_saved = step
             if verdict is Verdict.STOP and not ended:
-                self.writer.finish()
+                self._make_sure(f"asked to stop ({self.guard.asked}) at step {step}", (0,))
                 self._event(f"asked to stop ({self.guard.asked}): saved at step {step}; start again to go on")
                 raise SystemExit(PREEMPTED)
             if ended:
                 self._event(self._summary())
         if self.position.step > last_saved:
             self._save()
-        self.writer.finish()
+        self._make_sure("the run is at its end", _WAITS)
+
+    def _make_sure(self, why: str, waits: Sequence[int]) -> None:
+        """Do not leave before the last checkpoint is whole; one that failed is tried again after each of `waits`.
+
+        Raises:
+            UserError: in vain.
+        """
+        whole = self.writer.finish()
+        for seconds in () if whole else waits:
+            heartbeat.mark("waiting to save again")
+            time.sleep(seconds)
+            self._save()
+            if whole := self.writer.finish():
+                break
+        if not whole:
+            raise UserError(
+                f"{self.run_dir}/checkpoints: {why}, and its last checkpoint could not be written (see log.txt); "
+                "make room, or mend the file system, and start again to go on from the one before"
+            )
 
     def _roll_back(self, first_sample: int, batch_size: int) -> None:
         """After a spike: to the newest checkpoint before the samples that are passed over from now on. Collective."""
@@ -239,7 +282,8 @@ class Run:
 
     def _plan(self, stop_after: int | None) -> Iterator[tuple[int, int]]:
         """First sample and size of each global batch from here on."""
-        for step, first_sample, batch_size in self.schedules.plan(self.position.consumed_samples):
+        position = self.position
+        for step, first_sample, batch_size in self.schedules.plan(position.consumed_samples, position.step):
             if stop_after is not None and step >= stop_after:
                 return
             yield first_sample, batch_size
@@ -270,7 +314,7 @@ class Run:
         if self.guard.skips.covers(first_sample, batch_size):
             return self._pass_over(first_sample, batch_size, self.guard.stop())
         clock = StepClock(self.device)
-        values = self.schedules.at(first_sample)
+        values = self.schedules.at(first_sample, self.position.step)
         count = micro_batches_per_step(self.recipe, batch_size)
         batches = [next(reader) for _ in range(count)] if reader else None
         clock.mark("data")
@@ -296,7 +340,7 @@ class Run:
         counts_le, biases_le = self.trainer.load.gather()
         overlap = self.watch.figures(number)
         clock.mark("other")
-        self._log_step(values, losses, grad_norm, clock, counts_le, biases_le)
+        self._log_step(values, batch_size, losses, grad_norm, clock, counts_le, biases_le)
         if overlap and self.log:
             self.log.overlap(number, overlap)
         return verdict
@@ -316,14 +360,14 @@ class Run:
     def _log_step(
         self,
         values: Values,
+        batch_size: int,
         losses: Losses,
         grad_norm: float,
         clock: StepClock,
         counts_le: torch.Tensor,
         biases_le: torch.Tensor,
     ) -> None:
-        position, batch_size = self.position, values.batch_size
-        heat_map = self.recipe.logging.expert_load_interval
+        position, heat_map = self.position, self.recipe.logging.expert_load_interval
         if self.log is None:
             return
         tokens_per_second = batch_size * self.recipe.training.sequence_length / clock.seconds

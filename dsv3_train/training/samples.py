@@ -41,13 +41,14 @@ def samples(run_dir: Path, asked: list[str]) -> list[Sample]:
         raise UserError(f"{recipe_file}: missing; --samples needs a run directory, for the recipe orders the samples")
     recipe = load(str(recipe_file))
     known = skips.Skips(run_dir, recipe.faults.skip_samples).all
-    total = Schedules(recipe).total_samples
+    schedules = Schedules(recipe)
+    total = schedules.total_samples
     numbers = list(dict.fromkeys(number for text in asked for number in _numbers(text, known, total)))
     distributed.prepare_import(distributed.device_of(recipe))
     dataset, _ = datasets.build(
         recipe,
         run_dir / "cache",
-        total,
+        schedules.enough_samples,
         -(-recipe.training.eval_sequences // recipe.batch_multiple) * recipe.batch_multiple,
     )
     path = Path(tokenizer_path(recipe))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dsv3_train.data.prepare import prepare
+from dsv3_train.errors import UserError
 from dsv3_train.recipe.schema import Prepare
 from dsv3_train.runtime import distributed
 from parity import in_processes, tiny
@@ -193,14 +195,99 @@ def test_a_schedule_goes_on_bit_for_bit(data, tmp_path, schedule):
 
 
 def test_end_in_a_layout_that_rounds_batches_otherwise(data, tmp_path):
-    """The number of steps follows from the plan of the layout that finishes, which validates at its last."""
+    """Steps count on, and what is scheduled by them, to the end at the last, where it validates."""
     short = {"training": {"duration": "20 steps", "eval_interval": 20, "eval_sequences": 8}}
     short["schedule"] = {"bias_update_speed": 1e-3, "mtp_weight": 0.3}
     run(recipe(data, tmp_path, parallel={"zero1": True}, **short), stop_after=CUT)
     records = run(recipe(data, tmp_path, parallel={"world_size": 2, "expert": 2, "zero1": True}, **short))
     assert all(records[step]["batch_size"] % 2 == 0 for step in records if step > CUT)
+    assert sorted(records) == list(range(1, 21))
     tokens = [records[step]["consumed_tokens"] for step in sorted(records)]
     assert tokens == sorted(set(tokens))
+
+
+def test_another_batch_size_does_not_move_the_steps(data, tmp_path):
+    """Six steps of 8, then two of 32: in this recipe's own plan they were one and a half. The samples suffice."""
+    settings = {"training": {"duration": "8 steps", "eval_interval": 0}}
+    settings["schedule"] = {"bias_update_speed": 1e-3, "mtp_weight": 0.3, "batch_size": 8}
+    parallel = {"zero1": True}
+    run(recipe(data, tmp_path / "run", parallel=parallel, **settings), stop_after=6)
+    settings["schedule"]["batch_size"] = 32
+    records = run(recipe(data, tmp_path / "run", parallel=parallel, **settings), stop_after=9)
+    assert [records[step]["consumed_samples"] for step in sorted(records)] == [8, 16, 24, 32, 40, 48, 80, 112]
+    assert [records[step]["batch_size"] for step in (6, 7)] == [8, 32]
+    rates = [records[step]["lr"] for step in sorted(records)]
+    assert rates == pytest.approx([5e-4 * step for step in range(8)])
+    assert "would have taken 2 steps to 48 samples; steps count on from 6" in (tmp_path / "run" / "log.txt").read_text()
+    # And the other way round: more samples than this recipe's own plan has.
+    settings["schedule"]["batch_size"] = 4
+    settings["training"]["duration"] = "12 steps"
+    records = run(recipe(data, tmp_path / "run", parallel=parallel, **settings), stop_after=13)
+    assert records[12]["consumed_samples"] == 128
+
+
+def test_settings_of_the_optimizer_are_the_recipes(data, tmp_path):
+    """On a resume too: what a checkpoint has is what they were."""
+    settings = {"training": {"duration": "2 steps", "eval_interval": 0}}
+    settings["schedule"] = {"bias_update_speed": 1e-3, "mtp_weight": 0.3, "batch_size": 8}
+    run(recipe(data, tmp_path / "run", **settings), stop_after=1)
+    changed = recipe(data, tmp_path / "run", optim={"beta1": 0.5, "beta2": 0.6, "eps": 1e-4}, **settings)
+    seen = tmp_path / "seen"
+
+    def on_rank() -> None:
+        from dsv3_train.training.run import Run
+        from dsv3_train.training.startup import Startup
+
+        distributed.start(changed, "cpu")
+        groups = Run(changed, tmp_path / "run", "cpu", Startup()).trainer.optimizer.param_groups
+        seen.write_text(json.dumps([(*group["betas"], group["eps"]) for group in groups]))
+        distributed.stop()
+
+    in_processes(on_rank, 1)
+    found = json.loads(seen.read_text())
+    assert found == [[0.5, 0.6, 1e-4]] * len(found)
+    assert found
+
+
+def test_a_checkpoint_of_ones_own_choice_is_verified(data, tmp_path):
+    """And one of sequences of another length refused: samples and schedules count in them."""
+    settings = {"training": {"duration": "2 steps", "eval_interval": 0}}
+    settings["schedule"] = {"bias_update_speed": 1e-3, "mtp_weight": 0.3, "batch_size": 8}
+    settings["parallel"] = {"world_size": 2, "expert": 2}
+    run(recipe(data, tmp_path / "run", **settings), stop_after=1)
+    begin = {"load": str(tmp_path / "run"), "interval": 0}
+    settings["training"]["sequence_length"] = 16
+    with pytest.raises(UserError, match=r"sequences of 256 tokens.*set training.sequence_length=32, not 16"):
+        run(recipe(data, tmp_path / "other", checkpoint=begin, **settings), stop_after=2)
+    del settings["training"]["sequence_length"]
+    piece = max((tmp_path / "run" / "checkpoints" / "step_00000001").glob("*.distcp"), key=lambda x: x.stat().st_size)
+    whole = bytearray(piece.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    piece.write_bytes(whole)
+    with pytest.raises(UserError, match=rf"step_00000001: the checkpoint is damaged \({piece.name}: its SHA-256"):
+        run(recipe(data, tmp_path / "other", checkpoint=begin, **settings), stop_after=2)
+
+
+def test_a_last_checkpoint_that_cannot_be_written(data, tmp_path, monkeypatch):
+    """The run does not end as if all was well; what passes is waited for."""
+    from dsv3_train.training import run as running
+
+    monkeypatch.setattr(running, "_WAITS", (0, 0))
+    settings = recipe(data, tmp_path / "run", parallel={"world_size": 2, "expert": 2})
+    in_the_way = tmp_path / "run" / "checkpoints" / "step_00000001.unfinished"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
+    with pytest.raises(UserError, match=r"run/checkpoints: the run is at its end, and its last checkpoint could not"):
+        run(settings, stop_after=1)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("the checkpoint of step 1 failed") == 3
+
+    def waited(seconds: float) -> None:
+        in_the_way.unlink(missing_ok=True)
+
+    monkeypatch.setattr(running, "time", SimpleNamespace(sleep=waited))
+    run(settings, stop_after=1)
+    assert (tmp_path / "run" / "checkpoints" / "step_00000001" / "manifest.json").is_file()
 
 
 def test_all_the_time_that_training_stands_still_is_told(data, tmp_path):
