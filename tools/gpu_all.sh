@@ -1,12 +1,12 @@
 #!/bin/bash
 # Everything that claims to work on GPUs, on one host with two of them or more.
-# bash tools/gpu_all.sh OUT [PART...]    parts: machine pairs two tests schedules tiny same checkpoint study; all by default
+# bash tools/gpu_all.sh OUT [PART...]    by default machine pairs two schedules elastic tests tiny same checkpoint study
 # A line per part in OUT/summary.txt, what each printed in OUT/PART.log. Runs and data go to /tmp/gpu_all.
 set -u
 . tools/on_gpu.sh
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
-parts=" ${*:-machine pairs two tests schedules tiny same checkpoint study} "
+parts=" ${*:-machine pairs two schedules elastic tests tiny same checkpoint study} "
 at=/tmp/gpu_all
 gpus=$(nvidia-smi --list-gpus | wc -l)
 mkdir -p $at
@@ -28,7 +28,7 @@ part data_study dsv3 data prepare python-stdlib --output $at/stdlib --vocab-size
 two_gpus=("parallel={world_size: 2, pipeline: 2}" "pipeline={schedule: dualpipe}" "training.micro_batch_size=4")
 if wanted machine; then
   part doctor dsv3 doctor dsv3_tiny
-  part preflight dsv3 preflight dsv3_tiny "${two_gpus[@]}" data.prepare.output=/tmp/tiny-data/stdlib
+  part preflight dsv3 preflight dsv3_tiny "${two_gpus[@]}" data.prepare.output=/tmp/tiny-data/stdlib faults.hang_seconds=60
 fi
 
 # How much communication hides, and from four GPUs on beside it the tests of two.
@@ -44,11 +44,11 @@ if wanted two; then # tiny models, mostly imports: beside each other
   CUDA_VISIBLE_DEVICES=$on part two_dispatch tests tests/gpu/test_two_gpus.py -k fp8_dispatch &
 fi
 wait
-if wanted schedules; then
-  ((gpus >= 4)) && minutes=9 || minutes=6
-  part schedules python3 tools/gpu_schedules.py --gpus $((gpus >= 8 ? 8 : gpus >= 4 ? 4 : 2)) \
-    --out "$out/schedules" --minutes "$minutes"
-fi
+most=$((gpus >= 8 ? 8 : gpus >= 4 ? 4 : 2))
+((most > 2)) && minutes=9 || minutes=6
+for one in schedules elastic; do
+  wanted $one && part $one python3 tools/gpu_schedules.py --gpus $most --out "$out/schedules" --minutes "$minutes" --parts $one
+done
 
 # The comparison of precisions on all GPUs but the last, which has the rest, one after the other; of two, on both.
 last=$((gpus - 1))

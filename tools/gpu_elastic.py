@@ -61,6 +61,7 @@ def train(options: argparse.Namespace, run_dir: Path, layout: tuple[int, int], m
         "training.duration=8 steps",
         "training.eval_interval=0",
         "schedule.batch_size=16",
+        "faults.hang_seconds=120",
         f"runtime.run_dir={run_dir}",
         f"data.prepare.output={options.work / 'data' / recipe}",
     ]

@@ -5,8 +5,9 @@
 
 `dsv3_671b_8xh200` (fewer layers and experts on fewer GPUs) in each layout under Megatron-core's 1F1B, its interleaved
 schedule with overlapped all-to-all, DualPipe and DualPipeV, on the same weights and text; then a checkpoint that
-changes layouts and a killed rank (gpu_elastic.py). DIR/results.json is written anew after every part, pipelines are
-drawn beside it. Cases that overlap pairs run in the environment of recipes that do (NCCL_MAX_CTAS), the others without.
+changes layouts and a killed rank (gpu_elastic.py; --parts for one of the two). DIR/results.json is written anew after
+every case, pipelines are drawn beside it. Cases that overlap pairs run in the environment of recipes that do
+(NCCL_MAX_CTAS), the others without.
 
 Gradients of step 1 are compared by products with random vectors: the mean square of their differences is the square of
 the gradients' distance, without keeping gigabytes of them. The yardstick is one schedule run twice.
@@ -15,6 +16,7 @@ the gradients' distance, without keeping gigabytes of them. The yardstick is one
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import json
 import math
@@ -33,8 +35,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "distributed"))
 
 PROBES = 8
 STEPS = 6
-SECONDS_PER_CASE = 45
+SECONDS_PER_CASE = 60
 """What is left when a case still begins."""
+SECONDS_OF_A_HANG = 150
+"""Without a finished case, after which those under way are given up."""
 LAYOUTS = {8: [(4, 2), (2, 4)], 4: [(4, 1), (2, 2)], 2: [(2, 1)]}
 """(pipeline, expert) by number of GPUs."""
 SCHEDULES = ("1f1b", "1f1b again", "interleaved", "dualpipe", "dualpipev")
@@ -89,6 +93,16 @@ def on_rank(cases: list[Case], options: argparse.Namespace) -> None:
 
     distributed.prepare_import(device, recipe_of(cases[-1], options))
     import torch
+
+    from dsv3_train.model import init
+
+    if device == "cuda":  # billions of weights a rank; they follow from their names there too
+
+        def normal(shape: tuple[int, ...], name: str, std: float) -> torch.Tensor:
+            generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+            return torch.randn(shape, generator=generator, device=device).mul_(std)
+
+        init._normal = normal
     from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
     # One place to meet for all cases: a second at the same port can be missed while the first one closes.
@@ -96,6 +110,7 @@ def on_rank(cases: list[Case], options: argparse.Namespace) -> None:
     store = torch.distributed.TCPStore(*address, options.gpus, is_master=rank == 0)
     for case in cases:
         began, recipe = time.monotonic(), recipe_of(case, options)
+        faulthandler.dump_traceback_later(SECONDS_OF_A_HANG - 10)
         distributed.start(recipe, device, torch.distributed.PrefixStore(str(case), store))
         enough = [began + SECONDS_PER_CASE < options.deadline]
         torch.distributed.broadcast_object_list(enough)
@@ -106,7 +121,8 @@ def on_rank(cases: list[Case], options: argparse.Namespace) -> None:
         get_moe_layer_wise_logging_tracker().clear()  # it has this case's number of layers
         distributed.stop()
         gc.collect()
-        torch.cuda.empty_cache()
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def run_case(case: Case, recipe: Any, device: str, options: argparse.Namespace, began: float) -> None:
@@ -122,8 +138,7 @@ def run_case(case: Case, recipe: Any, device: str, options: argparse.Namespace, 
 
     where, leader = options.work / str(case), torch.distributed.get_rank() == 0
     where.mkdir(parents=True, exist_ok=True)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() / 2**30 if device == "cuda" else 0.0  # what earlier cases left
     schedules, trainer = Schedules(recipe), assemble(recipe, device)
     size = schedules.at(0).batch_size
     data, _ = datasets.build(recipe, options.work / "cache", STEPS * size, 0)
@@ -145,6 +160,8 @@ def run_case(case: Case, recipe: Any, device: str, options: argparse.Namespace, 
         if step == 0:
             first, sketched = mine, sketch(trainer, device)
         update(trainer, values)
+        if step == 0 and device == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # comparing takes copies
     built = time.monotonic() - began
     work = RandomSteps(recipe, device, trainer)
     work.batches = first
@@ -157,11 +174,24 @@ def run_case(case: Case, recipe: Any, device: str, options: argparse.Namespace, 
             "device": torch.cuda.get_device_name() if device == "cuda" else "CPU processes",
             "losses": losses,
             "memory_gib": [peak for peak, _ in everyone],
+            "memory_gib_before": before,
             "seconds": {"to the sixth step": round(built), "in all": round(time.monotonic() - began)},
             "sketch": {name: row for _, one in reversed(everyone) for name, row in one.items()},
         }
         (where / "case.json.unfinished").write_text(json.dumps(told))
         (where / "case.json.unfinished").rename(where / "case.json")
+    release(trainer)
+
+
+def release(trainer: Any) -> None:
+    """Let go of the last micro-batch's graph, which routers and dispatchers keep, and with it, through the hooks of
+    data parallelism, the whole model: a cycle through C++ that no collection finds."""
+    for model in trainer.models:
+        for module in model.modules():
+            for holder in (module, getattr(module, "token_dispatcher", None)):
+                for name, value in list(vars(holder).items()) if holder is not None else ():
+                    if getattr(value, "grad_fn", None) is not None:
+                        setattr(holder, name, None)
 
 
 def sketch(trainer: Any, device: str) -> dict[str, list[float]]:
@@ -173,7 +203,7 @@ def sketch(trainer: Any, device: str) -> dict[str, list[float]]:
     unshard_gradients(trainer)
     rows = {}
     for key, _, place, values in pieces(trainer, lambda parameter: parameter.main_grad.detach().float()):
-        name = f"{key} {[(one.start, one.stop) for one in place]}"
+        name = f"{key} {place}"
         generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
         flat = values.reshape(-1)
         probes = [flat @ torch.randn(flat.numel(), generator=generator, device=device) for _ in range(PROBES)]
@@ -250,15 +280,19 @@ def show(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    titles = "step ms|tok/s/GPU|bubble %|simulated %|exposed ms|hidden %|in pairs|peak GiB|loss|grad."
-    table = Table("case", *titles.split("|"))
+    titles = "case|step ms|tok/s/GPU|bubble %|simulated %|exposed ms|hidden %|a2a ms|a2a exposed|in pairs %|peak GiB"
+    table = Table(*titles.split("|"), "loss", "grad.")
+    table.columns[0].no_wrap = True
     for name, told in found.items():
         if "losses" not in told:
             table.add_row(name, told["failed"])
             continue
         pipe, (traced, *_) = told["pipelines"][0], told["traced"]
         peaks = [peak for peak in told["memory_gib"] if peak is not None]
-        hidden = [(one or {}).get("hidden_fraction") for one in (traced, traced["pairs"])]
+        share = _all_to_all((traced["pairs"] or {"communication": []})["communication"])
+        rates = [traced["hidden_fraction"], 1 - share[1] / share[0] if share[0] else None]
+        hidden, paired = ("-" if rate is None else f"{100 * rate:.1f}" for rate in rates)
+        whole = _all_to_all([{"class": name, **row} for name, row in traced["communication"].items()])
         table.add_row(
             name,
             f"{told['step_ms']:.0f}",
@@ -266,29 +300,42 @@ def show(found: dict[str, Any]) -> None:
             f"{100 * pipe['bubble_fraction']:.1f}",
             f"{100 * pipe['simulated_bubble_fraction']:.1f}",
             f"{traced['exposed_comm_ms']:.0f}",
-            *("-" if share is None else f"{100 * share:.1f}" for share in hidden),
+            hidden,
+            *(f"{ms:.0f}" for ms in whole),
+            paired,
             f"{max(peaks):.0f}" if peaks else "-",
             f"{told.get('loss_difference', 0):.1e}",
             f"{told['gradients']['all']:.1e}" if "gradients" in told else "-",
         )
-    Console(width=140).print(table)
+    Console(width=170).print(table)
+    print("exposed, hidden: of all communication, where a receive that waits for the pipeline counts; a2a: all-to-all")
+
+
+def _all_to_all(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """Milliseconds, and of them exposed."""
+    mine = [row for row in rows if "all-to-all" in row["class"]]
+    return sum(row["union_ms"] for row in mine), sum(row["exposed_ms"] for row in mine)
 
 
 def drive(cases: list[Case], found: dict[str, Any], options: argparse.Namespace) -> None:
     """Run cases in one set of processes; when a case ends them, the others in new ones."""
     from dsv3_train.runtime.launch import launch
 
-    device = "cpu" if options.cpu else "cuda"
     while cases and time.monotonic() + SECONDS_PER_CASE < options.deadline:
+        # "cpu": forked. For GPUs `launch` starts the command line again, which is not this program. Nothing here has
+        # touched CUDA.
         process = multiprocessing.get_context("fork").Process(
-            target=launch, args=(lambda cases=cases: on_rank(cases, options), options.gpus, device)
+            target=launch, args=(lambda cases=cases: on_rank(cases, options), options.gpus, "cpu")
         )
         process.start()
+        last = time.monotonic()
         while True:
             process.join(0.5)
             ended = not process.is_alive()
+            if time.monotonic() > last + SECONDS_OF_A_HANG:
+                process.kill()  # its ranks die with it
             for case in [case for case in cases if (options.work / str(case) / "case.json").exists()]:
-                found[str(case)] = figures_of(case, options)
+                found[str(case)], last = figures_of(case, options), time.monotonic()
                 print(f"{case}: {found[str(case)]['step_ms']:.0f} ms a step", flush=True)
                 cases = [other for other in cases if other != case]
                 write_results(found, options)
@@ -313,11 +360,23 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--micro-batch-size", type=int, default=1, help="sequences; launches weigh less with more")
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
-    parser.add_argument("--no-elastic", dest="elastic", action="store_false")
+    parser.add_argument("--parts", nargs="+", choices=("schedules", "elastic"), default=["schedules", "elastic"])
     options = parser.parse_args()
     options.deadline = time.monotonic() + 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
+    if "schedules" in options.parts:
+        run_schedules(options)
+    if "elastic" in options.parts:
+        from gpu_elastic import change_layout
+
+        found = json.dumps(change_layout(options), indent=1)
+        print(found)
+        (options.out / "elastic.json").write_text(found)
+
+
+def run_schedules(options: argparse.Namespace) -> None:
+    """All cases; figures as they come."""
     from dsv3_train.data.prepare import prepare
 
     cases = [
@@ -333,12 +392,6 @@ def main() -> None:
     for overlapping in (False, True):
         drive([case for case in cases if case.overlaps == overlapping], found, options)
     show(found)
-    if options.elastic:
-        from gpu_elastic import change_layout
-
-        found["elastic"] = change_layout(options)
-        print(json.dumps(found["elastic"], indent=1))
-        write_results(found, options)
 
 
 if __name__ == "__main__":
