@@ -55,7 +55,8 @@ def megatron_config(recipe: Recipe, device: str, *, inference: bool = False) -> 
         output_layer_init_method=_leave_empty,
         mtp_num_layers=model.num_nextn_predict_layers or None,
         mtp_loss_scaling_factor=0.0,
-        **_rope(recipe, fused=on_gpu and not inference),
+        # The fused kernel sums over heads in the order that Triton's autotuning finds fastest, another in each process.
+        **_rope(recipe, fused=on_gpu and not inference and not recipe.runtime.deterministic),
         # Experts
         num_moe_experts=model.n_routed_experts,
         moe_layer_freq=[0] * dense + [1] * (layers - dense),
