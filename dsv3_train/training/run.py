@@ -5,18 +5,16 @@ from __future__ import annotations
 import functools
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
 
-from dsv3_train.checkpoint.directory import complete, discard_after, resolve
-from dsv3_train.checkpoint.hf.fill import load_published
-from dsv3_train.checkpoint.hf.origin import PREFIX
-from dsv3_train.checkpoint.load import begin_from_weights, load_training, newest, refuse_damaged
+from dsv3_train.checkpoint.directory import discard_after
+from dsv3_train.checkpoint.load import newest
 from dsv3_train.checkpoint.save import CheckpointWriter
-from dsv3_train.checkpoint.state import Position, training_state
+from dsv3_train.checkpoint.state import training_state
 from dsv3_train.data import batches as data_batches
 from dsv3_train.data import datasets, manifest
 from dsv3_train.data.sets import train_sets
@@ -33,6 +31,7 @@ from dsv3_train.training.guard import Guard, Verdict
 from dsv3_train.training.log import RunLog
 from dsv3_train.training.losses import Losses
 from dsv3_train.training.record import StepRecord
+from dsv3_train.training.resume import Resume
 from dsv3_train.training.speed import Speed, StepClock
 from dsv3_train.training.startup import Startup
 from dsv3_train.training.step import (
@@ -81,9 +80,10 @@ class Run:
         self.ema = ParameterEma(self.trainer.models, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
         startup.mark("model and optimizer")
         self.guard = Guard(recipe, run_dir, self.trainer, stop, self._incident)
+        self.resume = Resume(recipe, run_dir, self.trainer, self.ema, self.guard)
         said: list[str] = []
-        self.position = Position()
-        self._resume(said.append)
+        self.position = self.resume.find(said.append)
+        self._plan_from_here(said.append)
         startup.mark("resume")
         if self.leader:
             self.log = RunLog(run_dir, recipe, total_steps=self.schedules.total_steps, resumed_step=self.position.step)
@@ -121,56 +121,19 @@ class Run:
         if self.leader:
             incidents.record(self.run_dir, kind, text=text, step=self.position.step)
 
-    def _resume(self, told) -> None:
-        """The newest whole checkpoint of this run, else the one that the recipe begins from, else the start."""
-        path = newest(self.run_dir / "checkpoints", self.recipe.checkpoint.verify, self.guard.skips.against, told)
-        if path is None and complete(self.run_dir / "checkpoints"):
-            raise UserError(
-                f"{self.run_dir}: every checkpoint was trained on samples that {self.guard.skips.path} passes over; "
-                "take their lines out of it to go on nevertheless"
-            )
-        begin = self.recipe.checkpoint.load
-        if path is None and begin and begin.startswith(PREFIX):
-            for note in self._load_published(Path(begin.removeprefix(PREFIX))):
-                told(note)
-            return
-        if path is None and begin:
-            path = resolve(Path(begin))
-            if self.recipe.checkpoint.verify:
-                refuse_damaged(path)
-        if path is None:
-            return
-        for note in self._load(path):
-            told(note)
+    def _plan_from_here(self, told: Callable[[str], None]) -> None:
+        """Where another layout or recipe has brought the run off this one's plan: say so, and have samples enough."""
         step, samples = self.position.step, self.position.consumed_samples
-        if (planned := self.schedules.step_of(samples)) != step:
-            told(
-                f"this recipe's batches would have taken {planned} steps to {samples:,} samples; steps count on from "
-                f"{step}, and what is scheduled by steps follows them"
-            )
-            *_, end = [samples, *(first + size for _, first, size in self.schedules.plan(samples, step))]
-            if end > self.schedules.enough_samples:
-                self.train_data, _ = self._datasets(end)
-
-    def _load(self, path: Path) -> list[str]:
-        """Be where a checkpoint is."""
-        trainer = self.trainer
-        self.position, guarded, notes = load_training(path, self.recipe, trainer.models, trainer.optimizer, self.ema)
-        length, position = self.recipe.training.sequence_length, self.position
-        if position.consumed_tokens != position.consumed_samples * length:
-            raise UserError(
-                f"{path}: trained on {position.consumed_samples:,} sequences of {position.consumed_tokens:,} tokens; "
-                f"of another length, samples and schedules would be counted otherwise; set training.sequence_length="
-                f"{position.consumed_tokens // max(position.consumed_samples, 1)}, not {length}"
-            )
-        self.guard.restore(guarded)
-        return [f"resumed from {path} at step {self.position.step}", *notes]
-
-    def _load_published(self, path: Path) -> list[str]:
-        """Begin from the weights of a Hugging Face directory."""
-        trainer = self.trainer
-        notes = load_published(path, self.recipe, trainer.models)
-        return [f"began from {path}", *notes, *begin_from_weights(trainer.optimizer, self.ema)]
+        planned = self.schedules.step_of(samples)
+        if planned == step:
+            return
+        told(
+            f"this recipe's batches would have taken {planned} steps to {samples:,} samples; steps count on from "
+            f"{step}, and what is scheduled by steps follows them"
+        )
+        *_, end = [samples, *(first + size for _, first, size in self.schedules.plan(samples, step))]
+        if end > self.schedules.enough_samples:
+            self.train_data, _ = self._datasets(end)
 
     def train(self, stop_after: int | None = None) -> None:
         """To the end of the recipe's duration; or until step `stop_after`, as if interrupted there.
@@ -253,7 +216,8 @@ class Run:
             skip = self.guard.spike(first_sample, batch_size, step, batches=1)
         self.guard.skips.add(skip, write=self.leader)
         if path is not None:
-            said += self._load(path)
+            self.position, notes = self.resume.load(path)
+            said += notes
             if self.leader:
                 discard_after(root, self.position.step)
             torch.distributed.barrier()

@@ -1,0 +1,83 @@
+"""Where a run begins: at its newest whole checkpoint, at one that the recipe names, from published weights, or anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsv3_train.checkpoint.directory import complete, resolve
+from dsv3_train.checkpoint.hf.fill import load_published
+from dsv3_train.checkpoint.hf.origin import PREFIX
+from dsv3_train.checkpoint.load import begin_from_weights, load_training, newest, refuse_damaged
+from dsv3_train.checkpoint.state import Position
+from dsv3_train.errors import UserError
+from dsv3_train.optim.ema import ParameterEma
+from dsv3_train.recipe.schema import Recipe
+from dsv3_train.training.guard import Guard
+from dsv3_train.training.step import Trainer
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Fills one rank's model, optimizer, average and guard with what a checkpoint holds of them."""
+
+    recipe: Recipe
+    run_dir: Path
+    trainer: Trainer
+    ema: ParameterEma | None
+    guard: Guard
+
+    def find(self, told: Callable[[str], None]) -> Position:
+        """Load what the run begins with. Collective.
+
+        Args:
+            told: takes each line about it.
+
+        Raises:
+            UserError: a checkpoint is damaged or of another training.
+        """
+        path = newest(self.run_dir / "checkpoints", self.recipe.checkpoint.verify, self.guard.skips.against, told)
+        if path is None and complete(self.run_dir / "checkpoints"):
+            raise UserError(
+                f"{self.run_dir}: every checkpoint was trained on samples that {self.guard.skips.path} passes over; "
+                "take their lines out of it to go on nevertheless"
+            )
+        begin = self.recipe.checkpoint.load
+        if path is None and begin and begin.startswith(PREFIX):
+            for note in self._published(Path(begin.removeprefix(PREFIX))):
+                told(note)
+            return Position()
+        if path is None and begin:
+            path = resolve(Path(begin))
+            if self.recipe.checkpoint.verify:
+                refuse_damaged(path)
+        if path is None:
+            return Position()
+        position, notes = self.load(path)
+        for note in notes:
+            told(note)
+        return position
+
+    def load(self, path: Path) -> tuple[Position, list[str]]:
+        """Be where a checkpoint is; what to say of it. Collective.
+
+        Raises:
+            UserError: damaged, or of another training.
+        """
+        trainer, length = self.trainer, self.recipe.training.sequence_length
+        position, guarded, notes = load_training(path, self.recipe, trainer.models, trainer.optimizer, self.ema)
+        samples, tokens = position.consumed_samples, position.consumed_tokens
+        if tokens != samples * length:
+            raise UserError(
+                f"{path}: trained on {samples:,} sequences of {tokens:,} tokens; of another length, samples and "
+                f"schedules would be counted otherwise; set training.sequence_length={tokens // max(samples, 1)}, "
+                f"not {length}"
+            )
+        self.guard.restore(guarded)
+        return position, [f"resumed from {path} at step {position.step}", *notes]
+
+    def _published(self, path: Path) -> list[str]:
+        """Begin from the weights of a Hugging Face directory."""
+        notes = load_published(path, self.recipe, self.trainer.models)
+        return [f"began from {path}", *notes, *begin_from_weights(self.trainer.optimizer, self.ema)]
