@@ -63,8 +63,8 @@ def submit(
 
         print(json.dumps({"jobs": jobs, "run_dirs": [str(path) for path in prepared.job.run_dirs]}))
     else:
-        for path in prepared.job.run_dirs:
-            print(f"{path}: job {', '.join(jobs)}; dsv3 slurm status {path}")
+        for number, path in enumerate(prepared.job.run_dirs):
+            print(f"{path}: job {', '.join(prepared.job.of_run(number, jobs))}; dsv3 slurm status {path}")
 
 
 def _show(script: str, resolved: list[str], as_json: bool) -> None:

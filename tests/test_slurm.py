@@ -106,6 +106,11 @@ def test_what_is_refused(site):
         prepared("parallel.expert=3")  # at submission, not after an hour in the queue
     with pytest.raises(UserError, match=r"--sweep: 'schedule\.lr'"):
         prepared(sweep=("schedule.lr",))
+    with pytest.raises(UserError, match=r"parallel\.context: context parallelism cannot run yet"):
+        prepare("dsv3_16b", ["parallel.context=2", "parallel.world_size=16"], [], {})
+    pieces = "[{linear: [0, 1e-3], until: 100 steps}, {constant: 1e-3, until: 1024}, {constant: 1e-4}]"
+    with pytest.raises(UserError, match=r"schedule\.lr\.1\.until"):  # which only the batch schedule can tell
+        prepared(f"schedule.lr={pieces}", "training.duration=200 steps")
     with pytest.raises(UserError, match="duraton"):
         prepared(sweep=("training.duraton=1,2",))
     site.write_text("{partitoin: x}")
@@ -133,12 +138,55 @@ def test_sweep():
     assert "--array=0-3" in directives(job.script)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "swept", "differs"),
+    [
+        (["precision.fp8=blockwise"], "precision.power_of_2_scales=false,true", r"NVTE_\w+FP32_SCALES is 1 .* not set"),
+        (["training.micro_batch_size=1"], "parallel.world_size=1,2", r"parallel\.world_size is 1 in run 0 and 2"),
+        ([], "parallel.gpus_per_node=4,4,8", r"parallel\.gpus_per_node is 4 in run 0 and 8 in run 2"),
+        ([], "runtime.device=cpu,auto", r"runtime\.device is cpu in run 0 and auto or cuda in run 1"),
+        ([], "runtime.run_dir=a/x,b/x", r"folder of runtime\.run_dir is a in run 0 and b in run 1"),
+        ([], "faults.max_restarts=1,2", r"faults\.max_restarts is 1 in run 0 and 2 in run 1"),
+        ([], "faults.stop_lead_seconds=60,90", r"faults\.stop_lead_seconds is 60 in run 0 and 90 in run 1"),
+    ],
+)
+def test_runs_of_a_sweep_that_need_scripts_of_their_own(overrides, swept, differs):
+    """An array has one script: the first run's environment and processes would be everyone's."""
+    with pytest.raises(UserError, match=rf"^--sweep {swept}: .*{differs}.*; submit these apart$"):
+        prepare("dsv3_tiny", overrides, [swept], {})
+
+
+def test_sweep_of_precision_without_gpus():
+    """There the script sets nothing that depends on it."""
+    recipes = prepared(sweep=("precision.power_of_2_scales=false,true",)).job.recipes
+    assert [recipe.precision.power_of_2_scales for recipe in recipes] == [False, True]
+
+
+SQUEUE = r"""
+for argument; do
+  case $argument in
+  --jobs=*) job=${argument#*=} job=${job##*,} ;;
+  --Format=*) columns=$(echo "${argument#*=}" | tr , " ") ;;
+  --format=*) echo "41 RUNNING restarts=n[7-8]" ;; # what %R is
+  esac
+done
+for column in $columns; do
+  case $column in
+  JobArrayID:*) word=$job ;;
+  State:*) word=RUNNING ;;
+  RestartCnt:*) word=2 ;;
+  ReasonList:*) word="n[7-8]" ;;
+  esac
+  printf "%-${column#*:}s" "$word"
+done
+echo
+"""
 STAND_INS = {
     "sbatch": 'echo "$@" >>"$CALLS"; echo 4$(wc -l <"$CALLS")',
     "scontrol": 'if [ "$1" = show ]; then printf "n7\\nn8\\n"; else echo "$@" >>"$CALLS"; fi',
     "sleep": "exit 0",  # until SLURM has ended the script
     "scancel": 'echo "scancel $*" >>"$CALLS"',
-    "squeue": 'echo "41 RUNNING restarts=n7"',
+    "squeue": SQUEUE,
     "srun": 'echo "srun at $MASTER_ADDR:$MASTER_PORT" >>"$CALLS"; [ -z "$STATE" ] || echo "$STATE" >"$RUN_DIR/state";'
     ' [ -z "$NEWEST" ] || mkdir -p "$RUN_DIR/checkpoints/$NEWEST"; exit "$CODE"',
 }
@@ -164,7 +212,7 @@ def test_what_becomes_of_a_job(slurm, tmp_path):
     job = prepared("faults.max_restarts=2", "checkpoint.interval=5")
     job.submit()
     run_dir = tmp_path / "runs" / "smoke_parallel"
-    assert json.loads(json.dumps(status(str(run_dir)).__dict__))["queue"] == "41 RUNNING restarts=n7"
+    assert json.loads(json.dumps(status(str(run_dir)).__dict__))["queue"] == "41 RUNNING restarts=2 n[7-8]"
 
     def start(code: int, state: str = "", newest: str = "", restarts: int = 0) -> tuple[int, bool]:
         """One start of the script; its exit code, and whether it went back into the queue."""
@@ -213,6 +261,32 @@ def test_chain_status_logs_cancel(slurm, tmp_path):
     assert status(run).state == "none"
 
 
+def test_one_run_of_a_sweep(slurm, tmp_path):
+    """Its status, output and end are its own, not the array's."""
+    assert prepared("runtime.run_dir=runs/sw", sweep=("training.seed=1,2",)).submit(chain=2) == ["41", "42"]
+    for number in range(2):
+        (tmp_path / "runs" / f"sweep-41_{number}.out").write_text(f"words of {number}\n")
+    os.utime(tmp_path / "runs" / "sweep-41_0.out", (1, 1))  # the other's is newer
+    assert output("runs/sw-0").read_text() == "words of 0\n"
+    assert output("runs/sw-1").read_text() == "words of 1\n"
+    assert status("runs/sw-1").queue == "42_1 RUNNING restarts=2 n[7-8]"
+    assert cancel("runs/sw-0") == ["41_0", "42_0"]
+    assert slurm.read_text().splitlines()[-1] == "scancel 41_0 42_0"
+    assert [Path(f"runs/sw-{number}/slurm/cancelled").exists() for number in range(2)] == [True, False]
+
+
+def test_one_run_of_a_sweep_is_queued_again(slurm, tmp_path):
+    """The last task of an array has its number: `scontrol requeue 41` would end and queue the others as well."""
+    prepared("runtime.run_dir=runs/sw", sweep=("training.seed=1,2",)).submit()
+    slurm.write_text("")
+    environment = {
+        **os.environ, "SLURM_JOB_ID": "41", "SLURM_ARRAY_JOB_ID": "41", "SLURM_ARRAY_TASK_ID": "1",
+        "SLURM_JOB_NODELIST": "n[7-8]", "RUN_DIR": "runs/sw-1", "CODE": "143", "STATE": "preempted", "NEWEST": "",
+    }  # fmt: skip
+    subprocess.run(["bash", "runs/sw-1/slurm/script.sh"], env=environment, capture_output=True)
+    assert slurm.read_text().splitlines()[1:] == ["requeue 41_1"]
+
+
 def test_dry_run_touches_nothing(tmp_path):
     command = [sys.executable, "-m", "dsv3_cli.main", "slurm", "submit", "smoke_parallel", *SMOKE]
     before = sorted(tmp_path.iterdir())
@@ -221,6 +295,9 @@ def test_dry_run_touches_nothing(tmp_path):
     assert "srun --ntasks=4" in shown["script"]
     assert "name: smoke_parallel" in shown["recipes"][0]
     assert sorted(tmp_path.iterdir()) == before
+    differ = [*command, "--sweep", "faults.max_restarts=1,2", "--dry-run"]
+    done = subprocess.run(differ, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     done = subprocess.run([*command, "--out", "job.sh"], capture_output=True, text=True)
     assert (done.returncode, Path("job.sh").read_text()) == (0, shown["script"])
     assert "name: smoke_parallel" in Path("runs/smoke_parallel/slurm/recipe.yaml").read_text()

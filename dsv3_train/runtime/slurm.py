@@ -32,6 +32,15 @@ class Job:
     options: list[str] = field(default_factory=list)
     """Of sbatch, as `--dependency=afterany:7`."""
 
+    @property
+    def array(self) -> bool:
+        """Whether SLURM is given several runs at once."""
+        return len(self.recipes) > 1
+
+    def of_run(self, number: int, jobs: list[str]) -> list[str]:
+        """What SLURM calls one run's part of submitted jobs: JOB_TASK in an array."""
+        return [f"{job}_{number}" for job in jobs] if self.array else jobs
+
 
 def nodes(recipe: Recipe, asked: int | None = None) -> int:
     """Nodes that a recipe takes.
@@ -54,12 +63,47 @@ def nodes(recipe: Recipe, asked: int | None = None) -> int:
     return needed
 
 
+def refuse_unlike(recipes: list[Recipe], sweep: list[str]) -> None:
+    """Refuse a sweep whose runs need scripts that differ: an array has one script, of the first run's values.
+
+    Raises:
+        UserError: naming the sweep and the first value in which a run differs.
+    """
+    first = _of_script(recipes[0])
+    for number, recipe in enumerate(recipes[1:], 1):
+        other = _of_script(recipe)
+        for key in {**first, **other}:
+            here, there = first.get(key, "not set"), other.get(key, "not set")
+            if here != there:
+                raise UserError(
+                    f"--sweep {' '.join(sweep)}: {key} is {here} in run 0 and {there} in run {number}, and one script "
+                    "starts all runs of a sweep; submit these apart"
+                )
+
+
+def _of_script(recipe: Recipe) -> dict[str, object]:
+    """What `script` takes from a recipe."""
+    on_gpu = _on_gpu(recipe)
+    return {
+        "parallel.world_size": recipe.parallel.world_size,
+        "parallel.gpus_per_node": recipe.parallel.gpus_per_node,
+        "runtime.device": "auto or cuda" if on_gpu else "cpu",
+        "the folder of runtime.run_dir": Path(recipe.runtime.run_dir).parent,
+        "faults.max_restarts": recipe.faults.max_restarts,
+        "faults.stop_lead_seconds": recipe.faults.stop_lead_seconds,
+        **(gpu_environment(recipe) if on_gpu else {}),
+    }
+
+
+def _on_gpu(recipe: Recipe) -> bool:
+    return recipe.runtime.device != "cpu"
+
+
 def script(job: Job, cluster: Cluster) -> str:
-    """The text for sbatch."""
-    recipe = job.recipes[0]
-    on_gpu = recipe.runtime.device != "cpu"
+    """The text for sbatch; of several recipes, which are alike (`refuse_unlike`), the first one's values."""
+    recipe, array = job.recipes[0], job.array
+    on_gpu = _on_gpu(recipe)
     world, per_node = recipe.parallel.world_size, recipe.parallel.gpus_per_node
-    array = len(job.recipes) > 1
     lines = ["#!/usr/bin/env bash", *_header(job, cluster, on_gpu, array), "", "set -euo pipefail", ""]
     lines += _places(job, array)
     lines += [f"module load {' '.join(map(shlex.quote, cluster.modules))}"] if cluster.modules else []
@@ -87,7 +131,11 @@ def script(job: Job, cluster: Cluster) -> str:
         *_srun(job, cluster, world, per_node, on_gpu),
         "",
         _AFTER.format(
-            preempted=PREEMPTED, max_requeues=job.max_requeues, max_failures=recipe.faults.max_restarts
+            preempted=PREEMPTED,
+            max_requeues=job.max_requeues,
+            max_failures=recipe.faults.max_restarts,
+            # An array's last task has the array's own number for its SLURM_JOB_ID: all runs would be queued again.
+            this="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if array else "$SLURM_JOB_ID",
         ).strip(),
         "",
     ]
@@ -188,7 +236,7 @@ if ((${{SLURM_RESTART_COUNT:-0}} >= {max_requeues})); then
   echo "queued again {max_requeues} times already: not once more"
   exit 1
 fi
-scontrol requeue "$SLURM_JOB_ID"
+scontrol requeue "{this}"
 # SLURM ends this shell when it has done so.
 sleep 120
 exit 1

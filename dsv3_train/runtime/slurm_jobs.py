@@ -12,10 +12,11 @@ from typing import Any
 
 from dsv3_train.checkpoint.directory import complete
 from dsv3_train.errors import UserError
+from dsv3_train.optim.schedules import Schedules
 from dsv3_train.recipe.load import dump, load
 from dsv3_train.runtime import cluster as site
 from dsv3_train.runtime import incidents
-from dsv3_train.runtime.slurm import FOLDER, Job, nodes, script
+from dsv3_train.runtime.slurm import FOLDER, Job, nodes, refuse_unlike, script
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,9 @@ class Prepared:
         for _ in range(chain):
             after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
             jobs.append(_slurm("sbatch", "--parsable", *after, str(folders[0] / "script.sh")).strip().split(";")[0])
-        for folder in folders:
-            (folder / "jobs").write_text("".join(f"{job}\n" for job in jobs), encoding="utf-8")
+        for number, folder in enumerate(folders):
+            own = self.job.of_run(number, jobs)
+            (folder / "jobs").write_text("".join(f"{job}\n" for job in own), encoding="utf-8")
         return jobs
 
 
@@ -77,8 +79,11 @@ def prepare(
         given: partition, account, time, container: what is not None wins over the site's file.
 
     Raises:
-        UserError: the recipe (in any combination), the site's file or the number of nodes is at fault.
+        UserError: the recipe (in any combination), the site's file or the number of nodes is at fault, or the
+            combinations cannot share a script.
     """
+    from dsv3_train.training.command import refuse_unready  # which imports torch; no other command here needs it
+
     defaults = site.load().model_copy(update={name: value for name, value in given.items() if value is not None})
     axes = []
     for axis in sweep:
@@ -89,14 +94,16 @@ def prepare(
     recipes, run_dirs = [], []
     for number, combination in enumerate(itertools.product(*axes)):
         recipe = load(ref, [*overrides, *combination])
+        refuse_unready(recipe)
+        Schedules(recipe)
         run_dir = recipe.runtime.run_dir.format(name=recipe.name)
         if axes:
             run_dir = f"{run_dir}-{number}"
             recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"run_dir": run_dir})})
         recipes.append(recipe)
         run_dirs.append(Path(run_dir).absolute())
-    if len({nodes(recipe, asked_nodes) for recipe in recipes}) > 1:
-        raise UserError("--sweep: its runs take different numbers of nodes, and an array has one; submit them apart")
+    refuse_unlike(recipes, sweep)
+    nodes(recipes[0], asked_nodes)
     job = Job(recipes, run_dirs, Path.cwd(), max_requeues=max_requeues, options=options or [])
     # On the nodes this very installation is used, unless a container or the site's setup brings its own.
     if not defaults.container and not defaults.setup and not defaults.modules:
@@ -125,8 +132,9 @@ class Status:
     """How a run does."""
 
     job: str | None
+    """The newest; JOB_TASK if the run is one of a sweep."""
     queue: str | None
-    """What squeue says of it: state, restarts, reason."""
+    """What squeue says of it: state, restarts, why it waits or on which nodes it runs."""
     state: str
     """`running`, `preempted`, `finished`, or `none`: as rank 0 left it."""
     step: int
@@ -143,7 +151,6 @@ def status(run: str) -> Status:
     """
     run_dir = _run_dir(run)
     jobs = _jobs(run_dir)
-    lines = _slurm("squeue", "--noheader", "--format=%i %T restarts=%R", f"--jobs={','.join(jobs)}", check=False)
     state, metrics, whole = run_dir / "state", run_dir / "metrics.jsonl", complete(run_dir / "checkpoints")
     step = 0
     if metrics.is_file():
@@ -155,12 +162,23 @@ def status(run: str) -> Status:
                 continue
     return Status(
         job=jobs[-1],
-        queue=lines.strip() or None,
+        queue=_queue(jobs),
         state=state.read_text(encoding="utf-8").strip() if state.is_file() else "none",
         step=step,
         checkpoint=whole[-1].name if whole else None,
         incidents=incidents.read(run_dir)[-10:],
     )
+
+
+def _queue(jobs: list[str]) -> str | None:
+    # Only the long --Format counts restarts. A column pads its words up to its width, and cuts longer ones.
+    columns = "--Format=JobArrayID:40,State:20,RestartCnt:10,ReasonList:1000"
+    lines = _slurm("squeue", "--noheader", columns, f"--jobs={','.join(jobs)}", check=False)
+    told = []
+    for line in lines.splitlines():
+        job, state, restarts, *reason = line.split(maxsplit=3)
+        told.append(" ".join([job, state, f"restarts={restarts}", *reason]).rstrip())
+    return "\n".join(told) or None
 
 
 def output(run: str) -> Path:
@@ -172,14 +190,14 @@ def output(run: str) -> Path:
     run_dir = _run_dir(run)
     jobs = _jobs(run_dir)
     found = list((run_dir / FOLDER).glob("*.out"))
-    found += [path for job in jobs for path in run_dir.parent.glob(f"sweep-{job}_*.out")]
+    found += [path for job in jobs if (path := run_dir.parent / f"sweep-{job}.out").is_file()]
     if not found:
         raise UserError(f"{run_dir / FOLDER}: no output yet; see dsv3 slurm status {run}")
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def cancel(run: str) -> list[str]:
-    """End a run's jobs for good; their numbers.
+    """End a run's jobs for good, in a sweep its own tasks only; their numbers.
 
     Raises:
         UserError: there is no such run, or SLURM refuses.
