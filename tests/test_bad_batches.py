@@ -63,6 +63,10 @@ def run(settings: Recipe, before: Callable[[], None] = lambda: None) -> dict[int
         distributed.stop()
 
     launch(on_rank, 2, "cpu")
+    return metrics(run_dir)
+
+
+def metrics(run_dir: Path) -> dict[int, dict]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line for line in lines}
 
@@ -80,7 +84,7 @@ def inject() -> None:
         step = round(values.lr * 1e6)
         if step == NAN_GRADIENT and parallel_state.get_data_parallel_rank() == 1:
             trainer.chunks[0].buffers[0].grad_data[7] = math.inf
-        changes = {NAN_LOSS: math.nan, SPIKE: losses.loss + 30}
+        changes = {NAN_LOSS: float("nan"), SPIKE: losses.loss + 30}
         return dataclasses.replace(losses, loss=changes[step]) if step in changes else losses
 
     loop.forward_backward = wrong
@@ -105,7 +109,7 @@ def numbered(settings: Recipe) -> Recipe:
 
 def test_bad_batches_equal_a_run_that_is_told_to_skip_them(data, tmp_path):
     """NaN loss, an infinite gradient on one rank, a spike: found, recorded, and without a trace in the numbers."""
-    found = run(numbered(recipe(data, tmp_path / "found")), inject)
+    found = run(numbered(recipe(data, tmp_path / "found", rerun_interval=5)), inject)  # the NaN loss twice
     skips = [json.loads(line) for line in (tmp_path / "found" / "skips.jsonl").read_text().splitlines()]
     assert [(skip["reason"], skip["step"]) for skip in skips] == [
         ("not finite", NAN_LOSS),
@@ -138,16 +142,25 @@ def test_too_many_in_a_row_end_the_run(data, tmp_path):
 
 
 def test_a_disk_that_takes_no_more(data, tmp_path):
-    """From the second start on nothing large can be written: training goes on, older checkpoints stay, all is told."""
+    """From the second start on nothing large can be written: training goes on, older checkpoints stay, all is told.
+
+    At its end the run fails, as its last checkpoint does at a second attempt.
+    """
+
+    def full() -> None:
+        from dsv3_train.training import run as loop
+
+        loop._WAITS = (0,)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
     short = recipe(data, tmp_path).model_dump(exclude_unset=True)
     run(Recipe.model_validate({**short, "training": {**short["training"], "duration": "4 steps"}}))
-    records = run(
-        recipe(data, tmp_path), lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-    )
-    assert sorted(records) == list(range(1, STEPS + 1))
+    with pytest.raises(UserError, match="the run is at its end, and its last checkpoint could not be written"):
+        run(recipe(data, tmp_path), full)
+    assert sorted(metrics(tmp_path)) == list(range(1, STEPS + 1))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000004"]
     told = [incident["text"] for incident in incidents.read(tmp_path)]
-    assert len(told) == 5
+    assert len(told) == 6
     assert told[0].startswith(
         "the checkpoint of step 8 failed, and training goes on: rank 0: [Errno 27] File too large"
     )

@@ -114,6 +114,23 @@ def test_tensorboard_holds_each_step_once(resumed):
     }
 
 
+def test_what_came_before_a_rollback_is_gone(tmp_path):
+    log = open_log(tmp_path)
+    for step in range(1, 7):
+        log.step(record(step))
+    log.validation(6, 512 * 6, 5.0)
+    for step in (4, 2):  # back twice, on to 5 and to the end
+        log.rewind(step)
+        for later in range(step + 1, TOTAL + 1 if step == 2 else 6):
+            log.step(record(later, loss=float(step)))
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    board = [(event.step, event.value) for event in events.Scalars("loss/main")]
+    assert board == [(1, 8.0), (2, 4.0), *((step, 2.0) for step in range(3, TOTAL + 1))]
+    assert "validation/loss" not in events.Tags()["scalars"] or not events.Scalars("validation/loss")
+    assert [(line["step"], line["loss"]) for line in metrics(tmp_path)] == board
+
+
 def test_gpu_figures_have_tags_and_an_unknown_gpu_is_told_once(tmp_path):
     log = open_log(tmp_path)
     log.step(record(1, tflops_per_gpu=400.0))

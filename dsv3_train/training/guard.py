@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from dsv3_train.checkpoint.state import Guarded
 from dsv3_train.errors import UserError
+from dsv3_train.optim.schedules import Schedules
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime.exits import CORRUPT
 from dsv3_train.runtime.signals import StopRequest
@@ -53,6 +55,7 @@ class Guard:
         self._faults, self._trainer, self._stop, self._incident = recipe.faults, trainer, stop, incident
         self.skips = Skips(run_dir, recipe.faults.skip_samples)
         self._spikes = Spikes(recipe.faults.spike, recipe.faults.spike_window)
+        self._schedules = Schedules(recipe)
         self._unusable = 0
         self._loss = math.nan
         self._routing_biases = [
@@ -89,7 +92,7 @@ class Guard:
 
         Raises:
             UserError: more batches in a row than the recipe allows were unusable.
-            SystemExit: computed twice, they differ (`CORRUPT`).
+            SystemExit: computed twice, they differ, or the replicas of a parameter do (`CORRUPT`).
         """
         before = [bias.clone() for bias in self._routing_biases]
 
@@ -100,6 +103,8 @@ class Guard:
         losses = compute()
         if self._faults.rerun_interval and step % self._faults.rerun_interval == 0:
             self._end_if(Rerun(self._trainer, again).compare(losses), step)
+        if self._faults.compare_interval and step % self._faults.compare_interval == 0:
+            self._end_if(compare_replicas(self._trainer), step)
         unusable, stop = self._agree(not math.isfinite(losses.loss) or not finite_gradients(self._trainer))
         self._loss = losses.loss
         if unusable:
@@ -111,24 +116,31 @@ class Guard:
             if self.skips.rollbacks() < self._faults.max_rollbacks:
                 self._put_back(before)
                 return losses, Verdict.ROLL_BACK
+            self._spikes.take(losses.loss)  # it is trained on
             self._incident(
                 "spike", f"step {step}: loss {losses.loss:.4f} is a spike, and faults.max_rollbacks is used up"
             )
         return losses, Verdict.STOP if stop else Verdict.GO_ON
 
-    def after_update(self, step: int) -> None:
-        """Compare replicas where it is time. Collective.
-
-        Raises:
-            SystemExit: they differ (`CORRUPT`).
-        """
-        if self._faults.compare_interval and step % self._faults.compare_interval == 0:
-            self._end_if(compare_replicas(self._trainer), step)
-
     def spike(self, first_sample: int, batch_size: int, step: int, batches: int | None = None) -> Skip:
         """What to pass over for a spike at a global batch: that one and those before it that the recipe says."""
         more = (batches or self._faults.spike_batches) - 1
-        return Skip(max(0, first_sample - more * batch_size), first_sample + batch_size - 1, "spike", step, self._loss)
+        first = first_sample
+        for earlier in range(step - 1, max(step - 1 - more, 0), -1):
+            first = self._begin(earlier, first)
+        return Skip(first, first_sample + batch_size - 1, "spike", step, self._loss)
+
+    def _begin(self, step: int, end: int) -> int:
+        """First sample of a step (from 1), of which `end` is the first that it does not consume.
+
+        Sizes are the schedule's at a batch's first sample, so it is searched for: the last from which a batch ends at
+        `end` or before. (Where sizes fall by tokens more than one can fit.)
+        """
+
+        def ends(first: int) -> int:
+            return first + self._schedules.at(first, step - 1).batch_size
+
+        return max(0, bisect_right(range(end), end, key=ends) - 1)
 
     def _pass_over(self, losses: Losses, step: int, first_sample: int, batch_size: int) -> None:
         self._unusable += 1

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import platform
+import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
-from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dsv3_train.runtime import heartbeat
+from dsv3_train.runtime.pipeline_groups import replicas
 from dsv3_train.training.losses import Losses
 from dsv3_train.training.step import Trainer
 
@@ -18,6 +20,11 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over a tensor's bits, an int64 scalar: any single flipped bit changes it."""
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.view(torch.int32 if flat.element_size() == 4 else torch.int16).sum(dtype=torch.int64)
+
+
+def loss_bits(losses: Losses) -> list[bytes | None]:
+    """The bytes of each of a step's losses: by value, NaN would differ from itself."""
+    return [None if value is None else struct.pack("d", value) for value in astuple(losses)]
 
 
 def gradient_bits(trainer: Trainer) -> torch.Tensor:
@@ -47,15 +54,16 @@ class Rerun:
         heartbeat.mark("the same step again")
         before = gradient_bits(self.trainer)
         again = self.compute()
-        differs = again != first or not torch.equal(before, gradient_bits(self.trainer))
-        return _who(differs, "computed the same step twice, with different bits")
+        same = loss_bits(again) == loss_bits(first) and torch.equal(before, gradient_bits(self.trainer))
+        return _who(not same, "computed the same step twice, with different bits")
 
 
 def compare_replicas(trainer: Trainer) -> str | None:
-    """Compare all parameters over their data-parallel replicas; the ranks that differ from most, in words. Collective.
+    """Compare all parameters over their replicas; the ranks that differ from most, in words. Collective.
 
-    With ZeRO-1 replicas come out of one all-gather, and differ only by what changed them since; without it each has
-    computed its own.
+    Replicas are data-parallel ones, and those of the rank opposite in dualpipe. Between a backward pass and the update:
+    with ZeRO-1 all come out of one all-gather after an update (or in the forward pass, if left to it), which would
+    overwrite what has changed since the one before.
     """
     heartbeat.mark("comparison of replicas")
     dense: list[tuple[str, torch.Tensor]] = []
@@ -63,10 +71,9 @@ def compare_replicas(trainer: Trainer) -> str | None:
     for model in trainer.models:
         for name, parameter in model.named_parameters():
             (dense if getattr(parameter, "allreduce", True) else expert).append((name, bits(parameter)))
-    wrong = [
-        *_outliers(dense, parallel_state.get_data_parallel_group(with_context_parallel=True)),
-        *_outliers(expert, parallel_state.get_expert_data_parallel_group()),
-    ]
+    copies = replicas()
+    groups = copies.groups if copies else ProcessGroupCollection.use_mpu_process_groups(["dp_cp", "expt_dp"])
+    wrong = [*_outliers(dense, groups.dp_cp), *_outliers(expert, groups.expt_dp)]
     named = "has other bits than its replicas in " + (wrong[0] if wrong else "none")
     return _who(bool(wrong), named + (f" and {len(wrong) - 1} more parameters" if wrong[1:] else ""))
 

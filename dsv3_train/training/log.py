@@ -80,6 +80,9 @@ class RunLog:
         self._metrics.close()
         _drop_after(self._metrics_path, step)
         self._metrics = _Lines(self._metrics_path)
+        self._on_board("close")
+        if self._board is not None:
+            self._board.purge_step = step + 1  # a closed writer opens its next file with it
         self._progress.update(self._bar, completed=step)
 
     def validation(self, step: int, consumed_tokens: int, loss: float) -> None:

@@ -300,7 +300,6 @@ class Run:
             self.ema.update()
         self.writer.poll()
         self._advance(batch_size)
-        self.guard.after_update(number)
         counts_le, biases_le = self.trainer.load.gather()
         overlap = self.watch.figures(number)
         clock.mark("other")

@@ -34,5 +34,12 @@ class Spikes:
             return False
         if self.threshold is not None and self.score(loss) > self.threshold:
             return True
-        self.losses.append(loss)
+        self.take(loss)
         return False
+
+    def take(self, loss: float) -> None:
+        """Measure later losses against this one too, also if it is a spike: one that is trained on all the same.
+
+        A rise that lasts is thus the usual loss after half a window.
+        """
+        self.losses.append(loss)
