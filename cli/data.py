@@ -58,7 +58,7 @@ def prepare(
     trained = {} if vocab_size is None else {"vocab_size": vocab_size}
     settings = Prepare(inputs=inputs, output=output, tokenizer=tokenizer, fim_rate=fim_rate, seed=seed, **trained)
     with progress() as report:
-        manifest = run(settings, report, text_key=text_key, workers=workers)
+        manifest = run(settings, report, text_key=text_key, workers=workers, compare=True)
     print(manifest.model_dump_json(indent=1) if as_json else _summary(output, manifest))
 
 

@@ -45,8 +45,8 @@ def _lacks(ref: str, overrides: list[str], found: Probe) -> list[Lack]:
     from dsv3_train.errors import UserError
     from dsv3_train.planner.states import state_bytes
     from dsv3_train.recipe.load import load
+    from dsv3_train.recipe.ready import refuse_unready
     from dsv3_train.runtime.lacks import lacks
-    from dsv3_train.training.command import refuse_unready
 
     loaded = load(ref, overrides)
     unready: list[Lack] = []

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from dsv3_train.training import rundir
+
 SMALL = [
     "training.eval_interval=4",
     "training.eval_sequences=8",
@@ -144,6 +146,21 @@ def test_damaged_checkpoints(trained, tmp_path):
     damage(7)
     for _ in range(2):  # none is left to begin with the second time
         refused(dsv3(*longer, cwd=tmp_path, check=False), "step_00000007", "damaged", "train anew")
+
+
+def test_a_second_run_in_the_same_directory(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    run = tmp_path / "runs" / "smoke_parallel"
+    rundir.hold(run)
+
+    def files() -> dict[Path, bytes]:
+        return {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    before = files()
+    longer = ["training.duration=8 steps", "schedule.lr=1e-4"]
+    done = dsv3("train", "smoke_parallel", *SMALL, *longer, cwd=tmp_path, check=False)
+    refused(done, f"runs/smoke_parallel: in use by process {os.getpid()} on ", "set another runtime.run_dir")
+    assert files() == before
 
 
 def test_data_that_is_not_there(tmp_path):

@@ -30,6 +30,7 @@ from dsv3_train.recipe.schema import Prepare
 from dsv3_train.runtime import distributed
 
 COMMAND = [sys.executable, "-m", "dsv3_cli.main", "data"]
+TEXT = "a text of its own"
 
 
 def words(count: int, seed: int) -> str:
@@ -229,6 +230,37 @@ def test_present_data_is_returned_at_once_or_refused(corpus, tmp_path, monkeypat
     Path(f"{settings.output}.manifest.json").unlink()
     with pytest.raises(UserError, match="without a manifest"):
         prepare(settings, workers=1)
+
+
+def test_present_data_of_other_inputs(corpus, tmp_path):
+    """Refused where preparing it is what was asked for; a run only needs the data."""
+    settings = Prepare(inputs=[str(corpus), str(tmp_path / "x.txt")], output=str(corpus / "out"), vocab_size=300)
+    (tmp_path / "x.txt").write_text(TEXT)
+    made = prepare(settings, workers=1, compare=True)
+    assert prepare(settings, workers=1, compare=True) == made
+
+    def refused(*parts: str) -> None:
+        with pytest.raises(UserError) as error:
+            prepare(settings, workers=1, compare=True)
+        message = str(error.value)
+        assert message.startswith(f"{corpus / 'out'}: its inputs are not the files")
+        assert "\n" not in message
+        assert all(part in message for part in (*parts, "choose another output, or remove")), message
+        assert prepare(settings, workers=1) == made
+
+    (corpus / "g.txt").write_text(TEXT)
+    (corpus / "h.txt").write_text(TEXT)
+    refused(f"(new: {corpus / 'g.txt'} and 1 more)")
+    (corpus / "g.txt").unlink()
+    (corpus / "h.txt").unlink()
+    (corpus / "a.txt").write_text(words(201, 1))
+    (corpus / "deeper" / "b.py").unlink()
+    refused(f"(gone: {corpus / 'deeper' / 'b.py'}, of another size: {corpus / 'a.txt'})")
+
+    (corpus / "a.txt").write_text(words(200, 1))
+    (corpus / "deeper" / "b.py").write_text(words(300, 2))
+    (tmp_path / "x.txt").unlink()  # an input as a whole
+    assert prepare(settings, workers=1, compare=True) == made
 
 
 def test_inputs_are_found_once_in_an_order_of_their_own(corpus, tmp_path):

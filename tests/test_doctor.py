@@ -153,7 +153,7 @@ def test_what_training_itself_refuses_is_told(dsv3, monkeypatch):
     def refuse(recipe):
         raise UserError("pipeline.schedule: not yet\nparallel.context: not yet")
 
-    monkeypatch.setattr("dsv3_train.training.command.refuse_unready", refuse)
+    monkeypatch.setattr("dsv3_train.recipe.ready.refuse_unready", refuse)
     result = dsv3(LAPTOP, "smoke", "--json")
     assert result.exit_code == 1
     assert [lack["text"] for lack in json.loads(result.stdout)["lacks"]] == [

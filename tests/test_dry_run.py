@@ -69,6 +69,14 @@ def test_a_run_on_a_machine_that_cannot_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_context_parallelism_is_refused():
+    two = ["parallel.context=2", "parallel.world_size=16"]
+    done = subprocess.run([*DSV3, "train", "dsv3_16b", *two, "--dry-run"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("parallel.context: context parallelism cannot run yet; set ")
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("recipe", ["smoke_parallel", "dsv3_16b"])
 def test_other_recipes(recipe):
     done = subprocess.run([*DSV3, "train", recipe, "--dry-run", "--json"], capture_output=True, text=True, check=True)

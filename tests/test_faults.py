@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import math
+import multiprocessing
 import os
+import platform
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dsv3_train.checkpoint import checksums
 from dsv3_train.errors import UserError
+from dsv3_train.recipe.load import dump, load
 from dsv3_train.runtime import heartbeat, incidents
 from dsv3_train.runtime.exits import HUNG, PREEMPTED
 from dsv3_train.runtime.heartbeat import Beat
 from dsv3_train.runtime.launch import ATTEMPT, Restarts, launch
 from dsv3_train.runtime.watchdog import Watchdog, blame
+from dsv3_train.training import rundir
 from dsv3_train.training.skips import Skip, Skips
 from dsv3_train.training.spikes import Spikes
 
@@ -102,6 +110,72 @@ def test_no_process_is_left(tmp_path):
         launch(work, 2, "cpu")
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "child").read_text()), 0)
+
+
+@contextlib.contextmanager
+def holder(run_dir: Path, then: Callable[[], None] = lambda: time.sleep(60)):
+    """Another process that holds a run directory and goes on to `then`; its id."""
+
+    def work() -> None:
+        rundir.hold(run_dir)
+        (run_dir / "held").touch()
+        then()
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    while process.is_alive() and not (run_dir / "held").exists():
+        time.sleep(0.01)
+    try:
+        yield process.pid
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_two_runs_keep_out_of_one_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(rundir, "_LOCK_SECONDS", 0.3)
+    recipe = load("smoke")
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    (tmp_path / "state").write_text("running\n")
+    with holder(tmp_path) as pid:
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(UserError) as refused:
+            rundir.open_run_dir(tmp_path, load("smoke", ["optim.eps=1e-7"]), "", {})
+        rundir.write_state(tmp_path, "refused")  # as the second run's last word
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert str(refused.value) == (
+        f"{tmp_path}: in use by process {pid} on {platform.node()}; set another runtime.run_dir, or stop that run"
+    )
+    rundir.write_state(tmp_path, "failed")
+    assert (tmp_path / "state").read_text() == "failed\n"
+
+
+def test_a_run_directory_is_free_again(tmp_path):
+    """Once its run has ended, even a moment later, and whatever that run's own processes still do."""
+
+    def leave_a_child() -> None:
+        if child := os.fork():
+            (tmp_path / "one" / "child").write_text(str(child))
+        else:
+            time.sleep(60)
+
+    with holder(tmp_path / "one", leave_a_child), holder(tmp_path / "two", lambda: time.sleep(1)):
+        while not (child := tmp_path / "one" / "child").exists() or not child.read_text():
+            time.sleep(0.01)
+        for name in ("one", "two"):
+            for _ in range(2):  # and one process may open it again
+                rundir.hold(tmp_path / name)
+        os.kill(int(child.read_text()), signal.SIGKILL)
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def flock(*_) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (note,) = rundir.open_run_dir(tmp_path, load("smoke"), "", {})
+    assert note == f"{tmp_path}: its file system has no locks (No locks available): a second run here would not be told"
 
 
 def test_hang_is_ended_and_the_rank_named(tmp_path, capfd):
@@ -197,6 +271,8 @@ def test_spikes():
     assert not spikes.add(4.6)
     again = Spikes(8.0, 16, list(spikes.losses))
     assert again.score(6.0) == spikes.score(6.0) > 8
+    spikes.take(6.0)  # unless it is trained on all the same
+    assert spikes.losses[-1] == 6.0
     flat = Spikes(8.0, 16, [2.0] * 16)
     assert not flat.add(2.0001)
     assert not Spikes(None, 16, [2.0] * 16).add(100.0)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dsv3_train.errors import UserError
@@ -67,6 +69,69 @@ def test_ranks_started_again(tmp_path):
     done = started_again("recipes", "show", "smokee", cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("smokee") == 1  # both ranks met it
+
+
+def test_ranks_started_again_end_with_a_killed_launcher(tmp_path):
+    rank = tmp_path / "rank"
+    rank.write_text('#!/bin/sh\necho $$ >"$RANK.tmp" && mv "$RANK.tmp" "$RANK.pid"\nexec sleep 600\n')
+    rank.chmod(0o755)
+    code = (
+        "import sys\n"
+        "from dsv3_train.runtime.launch import launch\n"
+        "sys.executable = sys.argv[1]\n"
+        "launch(lambda: None, 2, 'cuda')\n"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", code, str(rank)], cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while len(pids := list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ranks = [int(pid.read_text()) for pid in pids]
+    assert [psutil.Process(pid).ppid() for pid in ranks] == [launcher.pid] * 2
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 10
+    while any(running(pid) for pid in ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [pid for pid in ranks if running(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_signal_in_the_moment_in_which_a_rank_ends(tmp_path, monkeypatch):
+    """The other rank gets it, and time for its checkpoint: no error of the handler's ends it."""
+    really = os.waitpid
+    signals = iter([signal.SIGTERM])
+
+    def waitpid(pid: int, options: int) -> tuple[int, int]:
+        ended = really(pid, options)
+        if ended[0] and (number := next(signals, None)):
+            signal.raise_signal(number)
+        return ended
+
+    def work() -> None:
+        if os.environ["RANK"] == "0":
+            while not (tmp_path / "ready").exists():
+                time.sleep(0.01)
+            return
+        told = []
+        signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+        (tmp_path / "ready").touch()
+        while not told:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        (tmp_path / "saved").touch()
+
+    monkeypatch.setattr(os, "waitpid", waitpid)
+    launch(work, 2, "cpu")
+    assert (tmp_path / "saved").exists()
 
 
 def test_no_port_to_meet_at(monkeypatch):

@@ -164,6 +164,21 @@ CASES: dict[str, tuple[str | bytes, list[str], list[str]]] = {
     "base that is a list": (f"{GOOD}base: [smoke]\n", ["32: base: "], ["the name or the path"]),
     "key that is a list": (f"{GOOD}? [a]\n: 1\n", ["32: a key must be a word"], []),
     "merge key": (f"{GOOD}<<: {{name: x}}\n", ["32: <<: unknown key"], []),
+    "another variable in the run directory": (
+        changed("device: cpu", "run_dir: runs/{nam}"),
+        ["31: runtime.run_dir: "],
+        ["only {name}"],
+    ),
+    "format in the run directory": (
+        changed("device: cpu", "run_dir: 'runs/{name!r}'"),
+        ["31: runtime.run_dir: "],
+        ["only {name}"],
+    ),
+    "open brace in the run directory": (
+        changed("device: cpu", "run_dir: 'runs/{name}}'"),
+        ["31: runtime.run_dir: "],
+        ["braces themselves are {{ and }}"],
+    ),
     "unfit name": (changed("name: tiny", "name: a/b"), ["1: name: "], ["letters, digits"]),
 }
 

@@ -26,7 +26,8 @@ def snapshot(run_dir) -> dict[str, str]:
 def test_a_new_directory_holds_recipe_environment_and_topology(tmp_path):
     run_dir = tmp_path / "runs" / "new"
     assert open_with(run_dir) == []
-    assert sorted(path.name for path in run_dir.iterdir()) == ["environment.json", "recipe.yaml", "topology.json"]
+    files = ["environment.json", "lock", "recipe.yaml", "topology.json"]
+    assert sorted(path.name for path in run_dir.iterdir()) == files
     assert load(str(run_dir / "recipe.yaml")) == load("smoke")
     assert json.loads((run_dir / "topology.json").read_text()) == {"world_size": 1}
     environment = json.loads((run_dir / "environment.json").read_text())

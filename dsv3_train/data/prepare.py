@@ -34,6 +34,7 @@ Progress = Callable[[str, int, int], None]
 
 TRAINING_BOUND = 32_000_000
 """Characters that a tokenizer is trained on at most: BPE merges settle long before, time and memory do not."""
+_PUBLISHED = ("bin", "idx", "tokenizer.json", "manifest.json")
 
 
 def prepare(
@@ -42,6 +43,7 @@ def prepare(
     *,
     text_key: str = "text",
     workers: int | None = None,
+    compare: bool = False,
 ) -> Manifest:
     """Make the dataset at `settings.output`, or return at once if it is there.
 
@@ -49,11 +51,14 @@ def prepare(
     killed run leaves what it had finished. The result depends on inputs and settings alone, not on `workers`
     (processes; None: one per core).
 
+    Args:
+        compare: refuse data that is there if its inputs hold other files now (`changed_inputs`).
+
     Raises:
         UserError: an input, the tokenizer or the output path is at fault, or other data is at `settings.output`.
     """
     try:
-        return _prepare(settings, progress, text_key, workers or len(os.sched_getaffinity(0)))
+        return _prepare(settings, progress, text_key, workers or len(os.sched_getaffinity(0)), compare)
     except OSError as error:
         raise UserError(f"{error.filename or settings.output}: {error.strerror or error}") from None
     except BrokenProcessPool:
@@ -63,7 +68,7 @@ def prepare(
         ) from None
 
 
-def _prepare(settings: Prepare, progress: Progress, text_key: str, workers: int) -> Manifest:
+def _prepare(settings: Prepare, progress: Progress, text_key: str, workers: int, compare: bool) -> Manifest:
     prefix = _checked_prefix(settings.output)
     given = Tokenizer.load(settings.tokenizer) if settings.tokenizer else None
     asked = manifest.Settings(
@@ -75,6 +80,8 @@ def _prepare(settings: Prepare, progress: Progress, text_key: str, workers: int)
         text_key=text_key,
     )
     if existing := _existing(prefix, asked):
+        if compare and (changes := changed_inputs(settings)):
+            raise UserError(f"{prefix}: {changes}; {_again(prefix)}")
         return existing
     if given and settings.fim_rate:
         for role in ("fim_begin", "fim_hole", "fim_end"):
@@ -128,12 +135,8 @@ def _prepare(settings: Prepare, progress: Progress, text_key: str, workers: int)
         )
         manifest.save(result, parts / "manifest.json")
         shutil.copyfile(tokenizer.name, parts / "published.json")
-        for unfinished, name in (
-            (merged.bin, "bin"),
-            (merged.idx, "idx"),
-            (parts / "published.json", "tokenizer.json"),
-            (parts / "manifest.json", "manifest.json"),
-        ):
+        finished = (merged.bin, merged.idx, parts / "published.json", parts / "manifest.json")
+        for unfinished, name in zip(finished, _PUBLISHED, strict=True):
             _publish(unfinished, Path(f"{prefix}.{name}"))
     return result
 
@@ -159,11 +162,47 @@ def _existing(prefix: str, asked: manifest.Settings) -> Manifest | None:
     for key, value in asked:
         if getattr(found.settings, key) != value:
             raise UserError(
-                f"{prefix}: prepared with {key} {getattr(found.settings, key)!r}, not {value!r}; "
-                f"choose another output, or remove {prefix}.manifest.json, .bin and .idx to prepare again"
+                f"{prefix}: prepared with {key} {getattr(found.settings, key)!r}, not {value!r}; {_again(prefix)}"
             )
     index.read(prefix)
     return found
+
+
+def _again(prefix: str) -> str:
+    return f"choose another output, or remove {prefix}.manifest.json, .bin and .idx to prepare again"
+
+
+def changed_inputs(settings: Prepare) -> str | None:
+    """How the inputs' files differ, by name and size, from those that the data at `settings.output` was made of.
+
+    None: they do not, or there is no data. An input that is gone altogether is not compared: prepared data does not
+    need it.
+    """
+    made = manifest.load(settings.output)
+    if made is None:
+        return None
+    ours = {os.path.realpath(f"{settings.output}.{end}") for end in _PUBLISHED}  # it may lie among its inputs
+    before = {one.name: one.bytes for one in made.inputs if os.path.realpath(one.name) not in ours}
+    present = [given for given in settings.inputs if _is_there(given)]
+    now = {file.name: file.size for file in find(present) if os.path.realpath(file.path) not in ours}
+    changes = {
+        "new": [name for name in now if name not in before],
+        "gone": [name for name in before if name not in now] if present == settings.inputs else [],
+        "of another size": [name for name in now if now[name] != before.get(name, now[name])],
+    }
+    told = [
+        f"{what}: {min(names)}" + (f" and {len(names) - 1} more" if names[1:] else "")
+        for what, names in changes.items()
+        if names
+    ]
+    return f"its inputs are not the files that it was made of ({', '.join(told)})" if told else None
+
+
+def _is_there(given: str) -> bool:
+    try:
+        return bool(find([given]))
+    except UserError:
+        return False
 
 
 @contextlib.contextmanager

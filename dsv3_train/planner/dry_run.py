@@ -9,6 +9,7 @@ from dataclasses import asdict
 from dsv3_train.optim.schedules import Schedules
 from dsv3_train.planner.activations import countable, moe_layer_bytes
 from dsv3_train.recipe.load import load
+from dsv3_train.recipe.ready import refuse_unbuilt
 from dsv3_train.recipe.schema import Recipe
 
 _SHOWN = (0, 0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.9, 0.98, 1.0)
@@ -18,9 +19,10 @@ def dry_run(ref: str, overrides: list[str], as_json: bool) -> None:
     """Print sizes, layout and schedules of a recipe; every stage is built on the meta device.
 
     Raises:
-        UserError: the recipe is at fault.
+        UserError: the recipe is at fault, or wants what the model cannot be built for yet.
     """
     recipe = load(ref, overrides)
+    refuse_unbuilt(recipe)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here computes, and a GPU machine must answer the same
     from dsv3_train.runtime import distributed
 

@@ -6,6 +6,7 @@ divisibility, placement), `load.py` turns YAML into a `Recipe` and errors into l
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, field_validator, model_validator
@@ -339,10 +340,17 @@ class Runtime(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """GPUs run Transformer Engine's layers over NCCL, a CPU local ones over gloo."""
     run_dir: str = "runs/{name}"
-    """Where the run keeps everything; `{name}` is the recipe's name."""
+    """Where the run keeps everything; `{name}` is the recipe's name, `{{` and `}}` are braces."""
     deterministic: bool = False
     """Only operations that give the same bits every time: the same layout then gives the same run, also across
     restarts. A CPU always does; on GPUs it costs speed."""
+
+    @field_validator("run_dir")
+    @classmethod
+    def _only_name_in_braces(cls, value: str) -> str:
+        if not re.fullmatch(r"([^{}]|{{|}}|{name})*", value):
+            raise ValueError("only {name}, the recipe's name, may stand in braces; braces themselves are {{ and }}")
+        return value
 
 
 class Recipe(Section):

@@ -6,6 +6,7 @@ not know which failures got a run no further; forking from one process that has 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -27,6 +28,7 @@ from dsv3_train.errors import UserError
 from dsv3_train.runtime import heartbeat, incidents
 from dsv3_train.runtime.exits import FINAL, PREEMPTED, leave
 
+_LIBC = ctypes.CDLL(None)
 _GRACE_SECONDS = 5.0
 """For the other ranks to say why they fail too, once one is gone."""
 _ERRORS = "DSV3_ERROR_DIR"
@@ -208,6 +210,16 @@ def _rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def _fork(work: Callable[[], None], world_size: int) -> list[int]:
+    return _start(lambda: _run_child(work), world_size)
+
+
+def _respawn(work: Callable[[], None], world_size: int) -> list[int]:
+    command = [sys.executable, "-m", "dsv3_cli.main", *sys.argv[1:]]
+    return _start(lambda: os.execv(command[0], command), world_size)
+
+
+def _start(begin: Callable[[], NoReturn], world_size: int) -> list[int]:
+    """A process for each rank, which ends with this one; in it, `begin()` is the rank."""
     port = _free_port()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -219,7 +231,7 @@ def _fork(work: Callable[[], None], world_size: int) -> list[int]:
             try:
                 die_with_parent(parent)
                 os.environ.update(_rank_environment(rank, world_size, port))
-                _run_child(work)
+                begin()
             except BaseException:  # a signal's handler may raise anywhere (torch's, when a data worker dies)
                 traceback.print_exc()
             finally:
@@ -229,9 +241,11 @@ def _fork(work: Callable[[], None], world_size: int) -> list[int]:
 
 
 def die_with_parent(parent: int) -> None:
-    """Let the kernel kill this process when `parent` is gone (Linux): it would only hold memory, ports and files."""
+    """Let the kernel kill this process, or what it becomes by exec, when `parent` is gone (Linux): it would only hold
+    memory, ports and files.
+    """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+        _LIBC.prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(1)
 
@@ -251,15 +265,6 @@ def _run_child(work: Callable[[], None]) -> NoReturn:
     leave(code)
 
 
-def _respawn(work: Callable[[], None], world_size: int) -> list[int]:
-    port = _free_port()
-    command = [sys.executable, "-m", "dsv3_cli.main", *sys.argv[1:]]
-    return [
-        subprocess.Popen(command, env={**os.environ, **_rank_environment(rank, world_size, port)}).pid
-        for rank in range(world_size)
-    ]
-
-
 class _Children:
     """The ranks' processes: signals passed on to them, none left when they end."""
 
@@ -274,7 +279,7 @@ class _Children:
         self._others = {child.pid for child in psutil.Process().children(recursive=True)}
         self._before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
         if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: a dead rank's helpers become our children
+            _LIBC.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: a dead rank's helpers become our children
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -282,12 +287,13 @@ class _Children:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(36, 0)
+            _LIBC.prctl(36, 0)
 
     def _pass_on(self, number: int, frame: object) -> None:
         self.stopping = True
         for pid in list(self.alive):
-            os.kill(pid, number)
+            with contextlib.suppress(ProcessLookupError):  # ended and buried, and about to be struck off `alive`
+                os.kill(pid, number)
 
     def run(
         self, start: Callable[[Callable[[], None], int], list[int]], work: Callable[[], None], world_size: int

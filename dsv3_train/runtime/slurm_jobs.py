@@ -14,6 +14,7 @@ from dsv3_train.checkpoint.directory import complete
 from dsv3_train.errors import UserError
 from dsv3_train.optim.schedules import Schedules
 from dsv3_train.recipe.load import dump, load
+from dsv3_train.recipe.ready import refuse_unready
 from dsv3_train.runtime import cluster as site
 from dsv3_train.runtime import incidents
 from dsv3_train.runtime.slurm import FOLDER, Job, nodes, refuse_unlike, script
@@ -82,8 +83,6 @@ def prepare(
         UserError: the recipe (in any combination), the site's file or the number of nodes is at fault, or the
             combinations cannot share a script.
     """
-    from dsv3_train.training.command import refuse_unready  # which imports torch; no other command here needs it
-
     defaults = site.load().model_copy(update={name: value for name, value in given.items() if value is not None})
     axes = []
     for axis in sweep:

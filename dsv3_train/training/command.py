@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -9,10 +10,12 @@ from pathlib import Path
 
 from dsv3_train.checkpoint.directory import complete
 from dsv3_train.data import datasets
-from dsv3_train.data.prepare import prepare
+from dsv3_train.data.prepare import changed_inputs, prepare
 from dsv3_train.errors import UserError
+from dsv3_train.optim.schedules import Schedules
 from dsv3_train.planner.states import state_bytes
 from dsv3_train.recipe.load import dump, load
+from dsv3_train.recipe.ready import refuse_unready
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import deterministic, distributed, heartbeat, preflight_run
 from dsv3_train.runtime.environment import probe
@@ -22,7 +25,7 @@ from dsv3_train.runtime.launch import ATTEMPT, Restarts, joined_world, launch
 from dsv3_train.runtime.rendezvous import Absent
 from dsv3_train.runtime.signals import StopRequest
 from dsv3_train.runtime.watchdog import Watchdog
-from dsv3_train.training.rundir import write_state
+from dsv3_train.training.rundir import hold, write_state
 from dsv3_train.training.startup import Startup
 
 
@@ -35,6 +38,7 @@ def run(ref: str, overrides: list[str]) -> None:
     startup = Startup()
     recipe = load(ref, overrides)
     refuse_unready(recipe)
+    Schedules(recipe)  # whether it goes to the end
     device = distributed.device_of(recipe)
     startup.mark("interpreter, torch and recipe")
     joined = joined_world() is not None
@@ -55,18 +59,6 @@ def run(ref: str, overrides: list[str]) -> None:
         device,
         restarts if recipe.faults.max_restarts else None,
     )
-
-
-def refuse_unready(recipe: Recipe) -> None:
-    """Refuse what a recipe may name but a run cannot do yet.
-
-    Raises:
-        UserError: naming the keys and what to set instead.
-    """
-    if recipe.parallel.context > 1:
-        raise UserError("parallel.context: context parallelism cannot run yet; set parallel.context=1")
-    if recipe.model.scoring_func != "sigmoid":
-        raise UserError("model.scoring_func: softmax cannot train yet; set model.scoring_func=sigmoid for a new model")
 
 
 def _refuse_machine(recipe: Recipe, device: str) -> None:
@@ -135,6 +127,9 @@ def _train_on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) 
     from dsv3_train.training.rundir import open_run_dir
 
     run_dir = _run_dir(recipe)
+    if os.environ["RANK"] == "0" and run_dir.is_dir():
+        with contextlib.suppress(OSError):  # `join` says on which node the disk cannot be written
+            hold(run_dir)  # before heartbeats are written in it
     notes = preflight_run.join(recipe, device, run_dir)
     startup.mark("process groups")
     beat = heartbeat.start(run_dir / "heartbeats", torch.distributed.get_rank())
@@ -142,6 +137,8 @@ def _train_on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) 
         if joined:
             _ready_data(recipe)
         notes += open_run_dir(run_dir, recipe, dump(recipe), topology(recipe))
+        if recipe.data.prepare and (changes := changed_inputs(recipe.data.prepare)):
+            notes.append(f"{recipe.data.prepare.output}: {changes}; the run takes it as it is")
         write_state(run_dir, "running")
     torch.distributed.barrier()
     run = Run(recipe, run_dir, device, startup, notes, stop)

@@ -14,6 +14,7 @@ from typing import Any
 
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.load import load
+from dsv3_train.recipe.ready import refuse_unready
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import distributed
 from dsv3_train.runtime.launch import launch
@@ -37,8 +38,6 @@ def ready(ref: str, overrides: list[str]) -> Recipe:
     Raises:
         UserError: it cannot.
     """
-    from dsv3_train.training.command import refuse_unready
-
     recipe = load(ref, overrides)
     refuse_unready(recipe)
     return recipe

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,16 @@ from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime.environment import cpu_name, versions
 from dsv3_train.training.speed import CONVENTION
 
+_LOCK_SECONDS, _LOCK_SECONDS_ELSEWHERE = 5.0, 120.0
+"""For a run that was killed just now to be gone, here; and for a file system to give up a machine that is lost."""
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+_held: int | None = None
+"""Descriptor of the lock of the run directory that is this process's own; it ends with the process."""
+
 
 def open_run_dir(run_dir: Path, recipe: Recipe, resolved: str, topology: dict[str, Any]) -> list[str]:
-    """Make or reopen a run directory: `recipe.yaml` (resolved), `environment.json`, `topology.json`.
+    """Make or reopen a run directory, and `hold` it: `recipe.yaml` (resolved), `environment.json`, `topology.json`.
 
     A recipe that changed since the directory's last run takes the place of the old one, which is kept as
     `recipe-before-STEP.yaml`: what trained up to checkpoint STEP.
@@ -30,17 +40,76 @@ def open_run_dir(run_dir: Path, recipe: Recipe, resolved: str, topology: dict[st
     Returns what differs from the recipe that ran here before, one line per setting.
 
     Raises:
-        UserError: another model was trained here, or the directory cannot be written.
+        UserError: another run is in the directory, another model was trained here, or it cannot be written.
     """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        notes = _keep_recipe_before(run_dir, recipe)
+        notes = hold(run_dir)
+        notes += _keep_recipe_before(run_dir, recipe)
         _write(run_dir / "recipe.yaml", resolved)
         _write(run_dir / "topology.json", json.dumps(topology, indent=1))
         _write(run_dir / "environment.json", json.dumps(environment(), indent=1))
     except OSError as error:
         raise UserError(f"runtime.run_dir: {run_dir} cannot be written ({error.strerror}); set another") from None
     return notes
+
+
+def hold(run_dir: Path, wait: bool = True) -> list[str]:
+    """Keep other runs out of a directory, made if need be, until this process ends or holds another.
+
+    RUN_DIR/lock says who holds it; children that this process forks do not. Works across machines where the file
+    system does (NFS, Lustre with flock).
+
+    Returns a line for the log where it has no locks.
+
+    Raises:
+        UserError: another process holds it, `wait`: for some seconds still.
+        OSError: the directory cannot be written.
+    """
+    global _held
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    if _held is not None and os.path.samestat(os.fstat(lock), os.fstat(_held)):
+        os.close(lock)
+        return []
+    try:
+        holder = os.pread(lock, 256, 0).decode(errors="replace").strip() or "another process"
+        here = holder.endswith(f" on {platform.node()}")
+        if not _locked(lock, (_LOCK_SECONDS if here else _LOCK_SECONDS_ELSEWHERE) if wait else 0.0):
+            raise UserError(f"{run_dir}: in use by {holder}; set another runtime.run_dir, or stop that run")
+    except BaseException as error:
+        os.close(lock)
+        if isinstance(error, OSError) and error.errno in _NO_LOCKS:
+            return [f"{run_dir}: its file system has no locks ({error.strerror}): a second run here would not be told"]
+        raise
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+    _let_go()
+    _held = lock
+    return []
+
+
+def _locked(lock: int, seconds: float) -> bool:
+    """Lock an open file, if that can be had within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+        time.sleep(0.1)
+
+
+def _let_go() -> None:
+    global _held
+    if _held is not None:
+        os.close(_held)
+        _held = None
+
+
+os.register_at_fork(after_in_child=_let_go)  # a writer or data worker that outlives a killed rank keeps nobody out
 
 
 def _keep_recipe_before(run_dir: Path, recipe: Recipe) -> list[str]:
@@ -64,7 +133,9 @@ def _keep_recipe_before(run_dir: Path, recipe: Recipe) -> list[str]:
 
 def write_state(run_dir: Path, state: str) -> None:
     """Leave in RUN_DIR/state how the run is: running, preempted, finished, refused or failed."""
-    with contextlib.suppress(OSError):  # a full disk: the exit code tells as much
+    # A full disk, or another run in the directory, whose state it is: the exit code tells as much.
+    with contextlib.suppress(OSError, UserError):
+        hold(run_dir, wait=False)
         _write(run_dir / "state", state + "\n")
 
 
