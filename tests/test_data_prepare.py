@@ -1,5 +1,6 @@
 """`dsv3 data prepare`: what is in the files, whoever made them and however often it was interrupted."""
 
+import fcntl
 import gzip
 import hashlib
 import json
@@ -8,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from dsv3_train.data.tokenizer import Tokenizer
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.schema import Prepare
 from dsv3_train.runtime import distributed
+from parity import tiny
 
 COMMAND = [sys.executable, "-m", "dsv3_cli.main", "data"]
 TEXT = "a text of its own"
@@ -342,3 +345,29 @@ def test_command_prints_the_manifest(corpus, tmp_path):
     assert contents["document"]["number"] == 2
     assert contents["document"]["first_ids"] == documents(out)[2][:100]
     assert contents["manifest"] == json.loads(done.stdout)
+
+
+def test_data_that_another_run_prepares_is_waited_for(corpus, tmp_path, capsys):
+    """`dsv3 data prepare` says so; runs that begin together, as those of a sweep, go on when it is there."""
+    from dsv3_train.training import command
+
+    settings = Prepare(inputs=[str(corpus)], output=str(tmp_path / "out"), vocab_size=300)
+    recipe = tiny(model={"vocab_size": 300}, data={"prepare": settings.model_dump(), "train": []})
+    parts = tmp_path / "out.parts"
+    parts.mkdir()
+    with (parts / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is preparing this dataset"):
+            prepare(settings)
+        waiting = [
+            threading.Thread(target=work, args=(recipe,)) for work in (command._ready_data, command._wait_for_data)
+        ]
+        for one in waiting:
+            one.start()
+        time.sleep(1.5)
+        assert all(one.is_alive() for one in waiting)
+        assert not (tmp_path / "out.idx").exists()
+    for one in waiting:
+        one.join(60)
+    assert load(str(tmp_path / "out")) is not None
+    assert capsys.readouterr().err.count("waiting: ") == 1

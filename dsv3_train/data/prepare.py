@@ -37,6 +37,10 @@ TRAINING_BOUND = 32_000_000
 _PUBLISHED = ("bin", "idx", "tokenizer.json", "manifest.json")
 
 
+class BeingPrepared(UserError):
+    """By another process, at this moment."""
+
+
 def prepare(
     settings: Prepare,
     progress: Progress = lambda stage, done, total: None,
@@ -56,6 +60,7 @@ def prepare(
 
     Raises:
         UserError: an input, the tokenizer or the output path is at fault, or other data is at `settings.output`.
+        BeingPrepared: another process is at it.
     """
     try:
         return _prepare(settings, progress, text_key, workers or len(os.sched_getaffinity(0)), compare)
@@ -217,7 +222,7 @@ def _parts_directory(prefix: str) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{parts}: another process is preparing this dataset; wait for it") from None
+            raise BeingPrepared(f"{parts}: another process is preparing this dataset; wait for it") from None
         try:
             yield parts
         except BaseException as error:

@@ -6,11 +6,13 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
+import time
 from pathlib import Path
 
 from dsv3_train.checkpoint.directory import complete
-from dsv3_train.data import datasets
-from dsv3_train.data.prepare import changed_inputs, prepare
+from dsv3_train.data import datasets, manifest
+from dsv3_train.data.prepare import BeingPrepared, changed_inputs, prepare
 from dsv3_train.errors import UserError
 from dsv3_train.optim.schedules import Schedules
 from dsv3_train.planner.states import state_bytes
@@ -79,9 +81,24 @@ def _refuse_machine(recipe: Recipe, device: str) -> None:
 
 
 def _ready_data(recipe: Recipe) -> None:
-    if recipe.data.prepare:
-        prepare(recipe.data.prepare)
+    """Prepare what the recipe says, unless it is there; runs that begin together (a sweep) do so once."""
+    waited = False
+    while recipe.data.prepare:
+        try:
+            prepare(recipe.data.prepare)
+            break
+        except BeingPrepared as other:
+            if not waited:
+                print(f"waiting: {other}", file=sys.stderr, flush=True)
+            waited = True
+            time.sleep(1)
     datasets.check(recipe)
+
+
+def _wait_for_data(recipe: Recipe) -> None:
+    """Until rank 0 has prepared it, which takes longer than collectives wait. Its manifest comes last."""
+    while recipe.data.prepare and manifest.load(recipe.data.prepare.output) is None:
+        time.sleep(1)
 
 
 def _run_dir(recipe: Recipe) -> Path:
@@ -140,6 +157,8 @@ def _train_on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) 
         if recipe.data.prepare and (changes := changed_inputs(recipe.data.prepare)):
             notes.append(f"{recipe.data.prepare.output}: {changes}; the run takes it as it is")
         write_state(run_dir, "running")
+    elif joined:
+        _wait_for_data(recipe)
     torch.distributed.barrier()
     run = Run(recipe, run_dir, device, startup, notes, stop)
     watchdog = Watchdog(beat, run_dir, recipe.parallel.world_size, recipe.faults.hang_seconds)
