@@ -46,9 +46,8 @@ fi
 wait
 most=$((gpus >= 8 ? 8 : gpus >= 4 ? 4 : 2))
 ((most > 2)) && minutes=9 || minutes=6
-for one in schedules elastic; do
-  wanted $one && part $one python3 tools/gpu_schedules.py --gpus $most --out "$out/schedules" --minutes "$minutes" --parts $one
-done
+schedules() { part "$1" python3 tools/gpu_schedules.py --gpus $most --out "$out/schedules" --minutes "$2" --parts "$1"; }
+wanted schedules && schedules schedules "$minutes"
 
 # The comparison of precisions on all GPUs but the last, which has the rest, one after the other; of two, on both.
 last=$((gpus - 1))
@@ -57,6 +56,7 @@ if wanted study; then
     part study dsv3 numerics run dsv3_100m data.prepare.tokenizer=$at/stdlib.tokenizer.json \
     data.prepare.output=$at/python --variants blockwise --seeds 3 --paired --jobs 6 --out $at/study &
 fi
+wanted elastic && schedules elastic 10 & # a small model, for its losses and not its speed
 if wanted tests; then
   CUDA_VISIBLE_DEVICES=$last part tests tests tests/gpu &
 fi
