@@ -208,6 +208,8 @@ def test_a_run_that_came_from_nowhere(runs, tmp_path):
     shutil.rmtree(tmp_path / "run" / "hf")
     report = convert_out(tmp_path / "run", tmp_path / "out")
     assert any("made anew" in note for note in report["notes"])
+    assert any("no tokenizer is known" in note for note in report["notes"])
+    assert not {"bos_token_id", "eos_token_id"} & json.loads((tmp_path / "out" / "config.json").read_text()).keys()
     assert (tmp_path / "out" / "model.safetensors").is_file()
     plan = from_hf.make_plan(tmp_path / "out", None, [], None, None, "small")
     assert plan.recipe.model == load(str(runs["fp32"] / "recipe.yaml")).model.model_copy(
@@ -215,6 +217,38 @@ def test_a_run_that_came_from_nowhere(runs, tmp_path):
     )
     found = verify.verify(verify.open_weights(tmp_path / "out"), verify.open_weights(runs["fp32"]), 1, quiet)
     assert found["identical"] == found["tensors"]
+
+
+def test_tokens_come_from_the_tokenizer(runs, tmp_path):
+    """Trained here, `<|eos_token|>` is 0; with files that a model came from, what they say stays (bos 0, eos 1)."""
+    import shutil
+
+    from dsv3_train.data import tokenizer
+
+    recipe = (runs["bf16"] / "recipe.yaml").read_text()
+    shutil.copytree(runs["bf16"], tmp_path / "run")
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer.train(["def f(x): return x"] * 9, 300))
+    line = next(line for line in recipe.splitlines() if line.startswith("  tokenizer:"))
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe.replace(line, f"  tokenizer: {tmp_path / 'tokenizer.json'}"))
+    for name, expected in (("kept", (0, 1)), ("fresh", (0, 0))):
+        convert_out(tmp_path / "run", tmp_path / name)
+        settings = json.loads((tmp_path / name / "config.json").read_text())
+        assert (settings["bos_token_id"], settings["eos_token_id"]) == expected
+        shutil.rmtree(tmp_path / "run" / "hf", ignore_errors=True)
+    assert filecmp.cmp(tmp_path / "fresh" / "tokenizer.json", tmp_path / "tokenizer.json", shallow=False)
+
+
+def test_transformers_runs_a_model_without_shared_experts(tmp_path):
+    """Its own has some of width 0, which no file of ours holds."""
+    from dsv3_train.checkpoint.hf.logits import _transformers
+
+    model = hf_models.save(tmp_path / "hf", n_shared_experts=0)
+    contents = {name: tensor for name, tensor in hf_models.tensors(tmp_path / "hf").items() if tensor.numel()}
+    hf_models.rewrite(tmp_path / "hf", contents)
+    tokens = torch.arange(32)[None]
+    with torch.no_grad():
+        expected = model(tokens).logits
+    assert torch.equal(_transformers(verify.open_weights(tmp_path / "hf"))(tokens), expected)
 
 
 def dsv3(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:

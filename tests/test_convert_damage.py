@@ -150,7 +150,7 @@ TENSORS = {
     "one expert per token": (settings(num_experts_per_tok=1), ["num_experts_per_tok: 1 is not supported"]),
     "other RoPE": (settings(rope_parameters={"rope_type": "longrope", "factor": 4.0}), ["rope_parameters", "longrope"]),
     "other quantisation": (settings(quantization_config={"quant_method": "awq"}), ["quantization_config"]),
-    "text for a number": (settings(hidden_size="64"), ["config.json: model.hidden_size: must be an integer"]),
+    "text for a number": (settings(hidden_size="64"), ["config.json: hidden_size: must be an integer"]),
 }
 
 

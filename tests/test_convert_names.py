@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3_train.checkpoint.hf import config, fp8, from_hf, names
+from dsv3_train.checkpoint.hf import config, fp8, from_hf, inspect, names, to_hf
+from dsv3_train.data import tokenizer
 from dsv3_train.errors import UserError
-from dsv3_train.recipe.load import build, load
+from dsv3_train.recipe.load import build, dump, load
 
 TOOL = Path(__file__).parents[1] / "tools" / "synthetic_hf.py"
+sys.path.insert(0, str(TOOL.parent))
+
+from synthetic_hf import CONFIG  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +109,6 @@ def test_fp8_scales():
 
 def test_config_and_recipe():
     """The published config.json gives the shipped recipe's architecture, and a model's own config.json itself."""
-    sys.path.insert(0, str(TOOL.parent))
-    from synthetic_hf import CONFIG
-
     derived = build(config.derive(CONFIG, "v3", 1, "F8_E4M3"), "config.json")
     shipped = load("dsv3_671b_2048xh800")
     changed = {"rope_scaling": derived.model.rope_scaling, "initializer_range": 0.02}
@@ -116,3 +117,105 @@ def test_config_and_recipe():
     again = build(config.derive(config.config_of(derived.model, 1, 4096), "v3", 1, "BF16"), "config.json")
     assert again.model == derived.model
     assert [line.split(":")[0] for line in config.contradictions(shipped, CONFIG, 1)] == ["model.rope_scaling"]
+
+
+YARN = CONFIG["rope_scaling"]
+MALFORMED = {
+    "text for quantisation": (
+        {"quantization_config": "fp8"},
+        'quantization_config: must be an object or null, got "fp8"',
+    ),
+    "a list for quantisation": ({"quantization_config": ["fp8"]}, "quantization_config: must be an object or null"),
+    "no theta": ({"rope_theta": None}, "rope_theta: must be a number, got null"),
+    "text for theta": ({"rope_theta": "x"}, 'rope_theta: must be a number, got "x"'),
+    "text for a factor": ({"rope_scaling": {**YARN, "factor": "abc"}}, "rope_scaling.factor: must be a number"),
+    "text in rope_parameters": (
+        {"rope_scaling": None, "rope_parameters": {**YARN, "beta_fast": "abc"}},
+        "rope_parameters.beta_fast: must be a number",
+    ),
+    "a factor below 1": ({"rope_scaling": {**YARN, "factor": 0.5}}, "rope_scaling.factor: must be at least 1"),
+    "a list for RoPE": ({"rope_scaling": [1]}, "rope_scaling: must be an object or null, got [1]"),
+    "an empty list for RoPE": ({"rope_parameters": []}, "rope_parameters: must be an object or null, got []"),
+    "yarn without a length": (
+        {"rope_scaling": {"type": "yarn", "factor": 4}, "max_position_embeddings": None},
+        "rope_scaling: yarn without original_max_position_embeddings",
+    ),
+    "text for a length": ({"max_position_embeddings": "4096"}, "max_position_embeddings: must be an integer"),
+    "text for groups": ({"n_group": "4"}, 'n_group: must be an integer, got "4"'),
+    "text for a width": ({"hidden_size": "64"}, 'hidden_size: must be an integer, got "64"'),
+    "no experts": ({"num_experts_per_tok": 0}, "num_experts_per_tok: must be more than 0, got 0"),
+    "a list for layers": ({"num_hidden_layers": [61]}, "num_hidden_layers: must be an integer"),
+    "another model's yarn": (
+        {"model_type": "llama", "rope_scaling": {"type": "yarn"}},
+        "model_type: 'llama' is not supported",
+    ),
+    "mscale 0": ({"rope_scaling": {**YARN, "mscale": 0}}, "rope_scaling: implementations differ on mscale or"),
+    "both mscales 0": (
+        {"rope_scaling": {**YARN, "mscale": 0, "mscale_all_dim": 0.0}},
+        "rope_scaling: implementations differ on mscale or",
+    ),
+    "mscale_all_dim 0": (
+        {"rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 0}},
+        "rope_scaling: implementations differ on mscale or",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_config(tmp_path, case):
+    """One line, `FILE: key: fault`, from whatever reads it."""
+    changes, message = MALFORMED[case]
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    with pytest.raises(UserError) as error:
+        inspect.inspect(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / 'config.json'}: {message}")
+    assert "\n" not in str(error.value)
+
+
+def test_all_faults_of_a_config_at_once():
+    changes = {"hidden_size": "64", "quantization_config": "fp8", "rope_scaling": {**YARN, "mscale": "x"}}
+    with pytest.raises(UserError) as error:
+        config.model({**CONFIG, **changes}, "config.json")
+    keys = {line.split(": ")[1] for line in str(error.value).splitlines()}
+    assert keys == {"hidden_size", "quantization_config", "rope_scaling.mscale"}
+
+
+def test_yarn_without_mscale():
+    """Comes in as mscale 1 with mscale_all_dim 0 and goes out as it came: transformers takes 0 for not given."""
+    plain = {key: value for key, value in YARN.items() if "mscale" not in key}
+    model = config.model({**CONFIG, "rope_scaling": plain}, "config.json", 0)
+    assert (model.rope_scaling.mscale, model.rope_scaling.mscale_all_dim) == (1.0, 0.0)
+    config.refuse_unwritable(model, "recipe.yaml")
+    written = config.config_of(model, 0, 4096)
+    assert written["rope_scaling"] == plain
+    assert config.model(written, "config.json") == model
+    changed = config.changed(model, {**CONFIG, "rope_parameters": {}})
+    assert not [key for key in changed["rope_parameters"] if "mscale" in key]
+
+
+@pytest.mark.parametrize("both", [(0.0, 0.0), (0.0, 1.0), (0.7, 0.0)])
+def test_an_mscale_of_zero_is_not_exported(tmp_path, both):
+    """Said before the checkpoint is looked at."""
+    mscale = f"model.rope_scaling={{factor: 40, mscale: {both[0]}, mscale_all_dim: {both[1]}}}"
+    (tmp_path / "recipe.yaml").write_text(dump(load("smoke", [mscale])))
+    with pytest.raises(UserError, match=r"recipe\.yaml: model\.rope_scaling: implementations differ on mscale or"):
+        to_hf.make_plan(tmp_path / "checkpoints" / "step_00000001", None, None)
+
+
+def test_tokens_of_a_model_trained_here(tmp_path):
+    """The tokenizer's end-of-document token, for both ends; neither without a tokenizer that has one."""
+    file, notes = tmp_path / "tokenizer.json", []
+    file.write_bytes(tokenizer.train(["def f(x): return x"] * 9, 300))
+    recipe = load("smoke", [f"data.tokenizer={file}"])
+    assert to_hf._tokenizer(recipe, notes) == (file, 0)
+    assert notes == []
+    raw = json.loads(file.read_text())
+    raw["added_tokens"] = [token for token in raw["added_tokens"] if "eos" not in token["content"]]
+    file.write_text(json.dumps(raw))
+    assert to_hf._tokenizer(recipe, notes) == (file, None)
+    file.unlink()
+    assert to_hf._tokenizer(recipe, notes) == (None, None)
+    assert ["config.json has no eos_token_id" in note for note in notes] == [True, True]
+    keys = ("bos_token_id", "eos_token_id")
+    assert [config.config_of(recipe.model, 0, 64, 5).get(key) for key in keys] == [5, 5]
+    assert not config.config_of(recipe.model, 0, 64).keys() & set(keys)

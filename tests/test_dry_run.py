@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shlex
 import subprocess
 import sys
 
@@ -87,3 +88,12 @@ def test_other_recipes(recipe):
     if recipe == "dsv3_16b":
         assert round(report["parameters"]["main"] / 1e9, 1) == 15.7
         assert round(report["parameters"]["active"] / 1e9, 1) == 2.7  # 2.4B without the embedding
+
+
+def test_the_command_to_run_it_can_be_pasted():
+    """Brackets, spaces and bars of overrides included."""
+    overrides = ["training.recompute=[full]", "training.duration=40 steps", "runtime.run_dir=runs/[/b] |x"]
+    done = subprocess.run([*DSV3, "train", "smoke", "--dry-run", *overrides], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("To run it: ")]
+    assert shlex.split(line.removeprefix("To run it: ")) == ["dsv3", "train", "smoke", *overrides]

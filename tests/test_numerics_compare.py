@@ -37,6 +37,13 @@ def test_smoothing():
     )
 
 
+@pytest.mark.parametrize("window", [1, 2, 3, 5, 12, 13])
+def test_a_nan_is_in_the_windows_that_hold_it(window):
+    x_n = np.array([1.0, 3.0, np.nan, 4.0, 1e20, 5.0, 9.0, 2.0, 6.0, np.nan, 3.0, 5.0])
+    expected = [x_n[i - window + 1 : i + 1].mean() if i >= window - 1 else np.nan for i in range(len(x_n))]
+    assert smooth(x_n, window).tolist() == pytest.approx(expected, nan_ok=True, rel=1e-12)
+
+
 @pytest.mark.parametrize("window", [None, 1, 7, 21])
 @pytest.mark.parametrize(("factor", "within"), [(1.002, True), (0.998, True), (1.003, False), (0.997, False)])
 def test_a_constant_factor_is_found_with_its_sign(base, factor, within, window):

@@ -136,6 +136,12 @@ def test_bad_arguments(arguments, said):
         ('{"F": 1, "stages": {"last": {"F": 2}}}', "'last' is no stage's number"),
         ('{"F": 1, "stages": [1]}', "stages must be an object"),
         ('{"F": 1, "stages": {"0": {"F": true}}}', "stage 0: F must be a positive number"),
+        ('{"F": 1, "FB": 0}', "durations.json: FB must be a positive number, not 0"),
+        ('{"F": 1, "stages": {"0": {"FB": -1}}}', "durations.json: stage 0: FB must be a positive number, not -1"),
+        ('{"F": 1' + 400 * "0" + "}", "F must be a positive number, not 10000"),
+        ('{"F": 1' + 300 * "0" + "}", "F must be a positive number, not 10000"),
+        ('{"F": 1, "stages": {"' + 5000 * "1" + '": {"F": 2}}}', "is no stage's number"),
+        (100000 * '{"F":', "nested too deeply"),
         ('{"F": 1, "stages": {"8": {"F": 2}}}', "stage 8 is none of dualpipe's 8 stages"),
     ],
 )
@@ -145,6 +151,8 @@ def test_bad_files_of_durations(tmp_path, content, said):
     with pytest.raises(UserError) as refused:
         dsv3("show", "dualpipe", "--stages", "8", "--durations", str(file))
     assert said in str(refused.value)
+    assert len(str(refused.value)) < 400
+    assert "\n" not in str(refused.value)
 
 
 def test_bad_input_exits_with_2_and_one_line(tmp_path):

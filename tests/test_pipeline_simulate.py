@@ -10,7 +10,7 @@ from dsv3_train.pipeline.compare import Conditions, compare
 from dsv3_train.pipeline.durations import UNIT, Durations
 from dsv3_train.pipeline.formulas import closed
 from dsv3_train.pipeline.generate import build, whole_backwards
-from dsv3_train.pipeline.operations import KINDS, Compute, Exchange
+from dsv3_train.pipeline.operations import KINDS, Compute, Exchange, Op
 from dsv3_train.pipeline.simulate import Deadlock, Run, Span, in_flight, peak_memory, simulate
 
 DURATIONS = [
@@ -159,11 +159,32 @@ def test_durations_of_single_stages():
     assert seen[("W", 1),] == 1.5
     assert seen[("B", 2),] == 3
     assert seen[("F", 0), ("B", 3)] == 4
-    assert seen[("F", 3), ("B", 0)] == 4.5  # as much longer as its forward
+    assert seen[("F", 3), ("B", 0)] == pytest.approx(4.4)  # 8 of 10 parts, as any pair
     assert seen[("F", 1), ("B", 2)] == 3.5
     measured = replace(Durations(4, 4, 2), per_stage=True).of(schedule)
     first = next(event for event in schedule.events[0] if isinstance(event, Compute))
     assert measured(first.ops) == 4
+
+
+def test_pairs_of_fast_stages_take_time():
+    schedule = build("dualpipe", 8, 20)
+    fast = {0: {"F": 0.2, "I": 0.2, "W": 0.1}, 7: {"F": 0.3, "I": 0.3, "W": 0.2}}
+    run = simulate(schedule, Durations(2, 2, 1, FB=3, stages=fast).of(schedule))
+    assert all(span.end > span.start for spans in run.timeline for span in spans)
+    assert all(0 <= bubble < 1 for bubble in run.bubbles)
+
+
+def test_no_pair_hides_the_head():
+    """The times of docs/pipeline.md; a stage's own times take the head on top."""
+    by_kind = {one.schedule.kind: one for one in compare(8, 64, Conditions(Durations(2, 2, 1, FB=3), head=0.25))[0]}
+    assert [by_kind[kind].run.span for kind in ("dualpipe", "dualpipev")] == [257, 298.5]
+    schedule = by_kind["dualpipe"].schedule
+    forward, backward = Op("F", 0, 7, 0), Op("B", 1, 7, 0)
+    for own, alone, pair in (({}, 2.5, 4.25), ({"F": 1.0}, 1.5, 3.65), ({"FB": 4.0}, 2.5, 5.25)):
+        d = Durations(2, 2, 1, FB=3, stages={7: own}).with_head(schedule, 0.25).of(schedule)
+        assert d((forward,)) == alone
+        assert d((backward,)) == 3.75
+        assert d((forward, backward)) == pytest.approx(pair)
 
 
 def test_memory_by_bytes_of_stages():

@@ -213,6 +213,34 @@ CASES = {
         "all MTP modules (m) must be on one stage",
         ["pipeline.layout=Etttt|mmL"],
     ),
+    "one expert per token": (
+        ["model.num_experts_per_tok=1"],
+        "model.num_experts_per_tok",
+        "a single expert's gate would be its score",
+        ["model.num_experts_per_tok=2"],
+    ),
+    "pairs that recompute moe layers": (
+        [
+            "parallel={world_size: 4, pipeline: 2, expert: 2}",
+            "pipeline={schedule: dualpipe, overlap_pairs: true}",
+            "precision.params=bf16",
+            "training.recompute=[moe]",
+        ],
+        "pipeline.overlap_pairs",
+        "take moe out of training.recompute",
+        ["training.recompute=[]"],
+    ),
+    "pairs with one expert a rank": (
+        [
+            "parallel={world_size: 8, pipeline: 2, expert: 4}",
+            "pipeline={schedule: dualpipe, overlap_pairs: true}",
+            "precision.params=bf16",
+            "model={n_routed_experts: 4, n_group: 2, topk_group: 2}",
+        ],
+        "pipeline.overlap_pairs",
+        "needs two experts a rank",
+        ["parallel.expert=2"],
+    ),
     "mtp before the head's stage": (  # its embedding would get the gradients of the head
         ["parallel={world_size: 3, pipeline: 3}", "schedule.batch_size=9", "pipeline.layout=Ett|ttm|L"],
         "pipeline.layout",

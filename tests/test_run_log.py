@@ -7,14 +7,17 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsv3_train.recipe.load import load
-from dsv3_train.training import pictures
+from dsv3_train.training import losses, pictures
 from dsv3_train.training.log import RunLog
 from dsv3_train.training.record import StepRecord
 from dsv3_train.training.speed import peak_bf16_tflops
@@ -162,6 +165,28 @@ def test_what_is_not_finite_is_null(tmp_path):
     log.close()
     first = metrics(tmp_path)[0]
     assert (first["loss"], first["grad_norm"], first["bias_spread"]) == (None, None, [None, 0.0])
+
+
+def test_no_balance_is_left_out(tmp_path):
+    log = open_log(tmp_path)
+    log.step(record(1, balance_loss=None))
+    log.close()
+    assert metrics(tmp_path)[0]["balance_loss"] is None
+    assert "balance" not in (tmp_path / "log.txt").read_text()
+    assert "loss/balance" not in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["scalars"]
+
+
+@pytest.mark.parametrize(("tracked", "balance"), [({}, None), ({"seq_load_balancing_loss": [0.0, 3.0, 5.0]}, 4.0)])
+def test_balance_is_none_where_nothing_is_tracked(monkeypatch, tracked, balance):
+    tracker = {name: {"values": torch.tensor(values)} for name, values in tracked.items()}
+    groups = Mock(**{"get_data_parallel_world_size.return_value": 1})
+    monkeypatch.setattr(losses, "parallel_state", groups)
+    monkeypatch.setattr(losses, "get_moe_layer_wise_logging_tracker", lambda: tracker)
+    monkeypatch.setattr(losses, "MTPLossLoggingHelper", SimpleNamespace(tracker={}))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+    model = SimpleNamespace(num_hidden_layers=3, first_k_dense_replace=1, num_nextn_predict_layers=0)
+    assert losses.reduce_losses([{"loss": torch.tensor([6.0, 2.0])}], 1, model) == losses.Losses(3.0, None, balance)
 
 
 def test_learning_curve(resumed):

@@ -35,6 +35,15 @@ def test_values_are_the_references(fmt, dtype, columns):
     assert torch.equal(got.float().signbit(), x.signbit())
 
 
+def test_what_was_dispatched_is_quantised_again_without_loss():
+    """In the same tiles with power-of-2 scales; FP32 scales round a second time, to other values."""
+    sent = to_tiles(data(), E4M3).values(torch.float32)
+    assert torch.equal(quantise(sent, TILE, E4M3, power_of_2=True).dequantise(), sent)
+    again = quantise(sent, TILE, E4M3, power_of_2=False).dequantise()
+    usual = sent.abs() > 1e-30
+    assert float(((again - sent) / sent)[usual].abs().mean()) > 0.01
+
+
 @FORMATS
 def test_bytes(fmt):
     tiles = to_tiles(data(), fmt)

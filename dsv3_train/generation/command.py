@@ -46,7 +46,7 @@ def run(checkpoint: Path, overrides: list[str], request: Request) -> None:
     recipe_file = checkpoint.parent.parent / "recipe.yaml"
     if not recipe_file.is_file():
         raise UserError(f"{recipe_file}: missing; a checkpoint's run directory holds the recipe it was trained with")
-    recipe = load(str(recipe_file), [*_ONE_PROCESS, *overrides])
+    recipe = load(str(recipe_file), [*_ONE_PROCESS, *_ranks(overrides), *overrides])
     if recipe.parallel.pipeline > 1 or recipe.parallel.tensor > 1:
         raise UserError("parallel: generation spreads over expert-parallel ranks only; set parallel.expert alone")
     carried = checkpoint.parent.parent / FOLDER / "tokenizer.json"  # of the files that it was converted from
@@ -55,6 +55,13 @@ def run(checkpoint: Path, overrides: list[str], request: Request) -> None:
     device = distributed.device_of(recipe)
     distributed.prepare_import(device)
     launch(lambda: _on_rank(recipe, checkpoint, tokenizer, request, device), recipe.parallel.world_size, device)
+
+
+def _ranks(overrides: list[str]) -> list[str]:
+    """As many processes as parallel.expert asks for; another parallel.world_size among the overrides wins."""
+    return [
+        f"parallel.world_size={text.partition('=')[2]}" for text in overrides if text.startswith("parallel.expert=")
+    ]
 
 
 def _on_rank(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer, request: Request, device: str) -> None:
@@ -67,7 +74,9 @@ def _on_rank(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer, request: Re
 
     distributed.start(recipe, device)
     config = megatron_config(recipe, device, inference=True)
-    model = build_chunks(recipe, config)[0].to(device).eval()
+    model = build_chunks(recipe, config)[0].to(device)
+    # Before weights are loaded: it takes the routing biases to BF16 as it finds them.
+    trained = in_training_precision(model, config).eval()
     position = load_weights(checkpoint, [model])
     # A document begins after the end of another, as in training.
     prompt = [tokenizer.eos_id, *tokenizer.encode(request.prompt)]
@@ -77,7 +86,7 @@ def _on_rank(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer, request: Re
     if leader and not request.as_json:
         print(request.prompt, end="", flush=True)
     for token in continuation(
-        in_training_precision(model, config).eval(),
+        trained,
         prompt,
         request.max_tokens,
         temperature=request.temperature,

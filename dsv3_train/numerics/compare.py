@@ -53,13 +53,17 @@ class Curves:
 
 
 def smooth(x_n: np.ndarray, window: int | None) -> np.ndarray:
-    """Of each step, the mean of the last `window` ones (NaN before there are so many); None: the report's moving
-    average, which begins at the first value and stays where it is at a NaN.
+    """Of each step, the mean of the last `window` ones (NaN before there are so many, or where one of them is NaN);
+    None: the report's moving average, which begins at the first value and stays where it is at a NaN.
     """
     if window is not None:
-        sums = np.cumsum(np.concatenate([[0.0], x_n]))
-        head = np.full(min(window - 1, len(x_n)), np.nan)
-        return np.concatenate([head, (sums[window:] - sums[:-window]) / window])
+        # A window is the end of a block of as many steps and the beginning of the next: sums of nothing outside it.
+        blocks_bw = np.pad(x_n, (0, -len(x_n) % window)).reshape(-1, window)
+        ends_n = np.cumsum(blocks_bw[:, ::-1], axis=1)[:, ::-1].ravel()
+        beginnings_n = np.cumsum(blocks_bw, axis=1).ravel()
+        starts = np.arange(len(x_n) - window + 1)
+        sums = ends_n[starts] + np.where(starts % window == 0, 0.0, beginnings_n[starts + window - 1])
+        return np.concatenate([np.full(len(x_n) - len(sums), np.nan), sums / window])
     out = np.empty_like(x_n)
     state = np.nan
     for i, x in enumerate(x_n.tolist()):

@@ -24,10 +24,16 @@ class Durations:
     """Stage -> kinds that take another time there; FB by the stage of its forward."""
     per_stage: bool = False
     """Times of one stage, as measured, where a rank holds several; else of all the layers of a rank."""
+    besides: Mapping[int, float] = field(default_factory=dict)
+    """Stage -> further work, as a part of the times of all stages; no pair hides any of it."""
 
     def of(self, schedule: Schedule) -> Duration:
-        """The duration of each computation of `schedule`."""
+        """The duration of each computation of `schedule`. Any pair hides the share that FB does of F + B."""
         share = 1.0 if self.per_stage else schedule.ranks / schedule.stages
+
+        def besides(op: Op) -> float:
+            part = self.besides.get(op.stage, 0.0)
+            return part * (self.whole if op.kind == "B" else getattr(self, op.kind))
 
         def alone(op: Op) -> float:
             own = self.stages.get(op.stage, {})
@@ -38,10 +44,11 @@ class Durations:
             return self.B
 
         def duration(ops: tuple[Op, ...]) -> float:
-            if len(ops) == 1:
-                return share * alone(ops[0])
-            own = self.stages.get(ops[0].stage, {})
-            return share * (own["FB"] if "FB" in own else sum(map(alone, ops)) - self.hidden)
+            layers = sum(map(alone, ops))
+            if len(ops) > 1:
+                own = self.stages.get(ops[0].stage, {})
+                layers = own["FB"] if "FB" in own else layers * self.pair / (self.F + self.whole)
+            return share * (layers + sum(map(besides, ops)))
 
         # A schedule asks for the same few times over and over.
         known: dict[tuple[tuple[str, int], ...], float] = {}
@@ -72,11 +79,7 @@ class Durations:
     def with_head(self, schedule: Schedule, weight: float) -> Durations:
         """The same where the last stage also holds a head as heavy as `weight` of the layers of a rank."""
         part = weight * schedule.stages / schedule.ranks
-        last = schedule.stages - 1
-        own = self.stages.get(last, {})
-        plain = {"F": self.F, "I": self.I, "W": self.W, **({} if self.B is None else {"B": self.B})}
-        more = {kind: own.get(kind, time) + time * part for kind, time in plain.items()}
-        return dataclasses.replace(self, stages={**self.stages, last: more})
+        return dataclasses.replace(self, besides={schedule.stages - 1: part})
 
 
 UNIT = Durations(F=1.0, I=1.0, W=1.0)

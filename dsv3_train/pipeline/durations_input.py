@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 from dsv3_train.errors import UserError
 from dsv3_train.pipeline.durations import Durations
 
 _TIMED = ("F", "B", "I", "W", "FB")
+_LEAST, _MOST = 1e-30, 1e30
+"""Sums of times within these are numbers too."""
 
 
 def durations_from(text: str) -> Durations:
@@ -22,7 +24,7 @@ def durations_from(text: str) -> Durations:
     `stages`: {"7": {"F": 1.3, ...}}, other times of single stages.
 
     Raises:
-        UserError: no such file, an unknown key, a time that is no positive number.
+        UserError: no such file, an unknown key, a time that is no positive number from 1e-30 to 1e30.
     """
     if "=" in text:
         given: dict[str, Any] = {}
@@ -41,6 +43,8 @@ def durations_from(text: str) -> Durations:
         ) from None
     except ValueError as error:
         raise UserError(f"{text}: not JSON ({error})") from None
+    except RecursionError:
+        raise UserError(f"{text}: nested too deeply; the times are an object, stages an object of objects") from None
     if not isinstance(content, dict):
         raise UserError(f'{text}: must be an object, as {{"F": 1.0, "I": 1.0, "W": 1.0}}')
     return _durations(content, text)
@@ -57,12 +61,12 @@ def _durations(given: dict[str, Any], where: str) -> Durations:
     given = dict(given)
     per, stages = given.pop("per", "rank"), given.pop("stages", {})
     if per not in ("rank", "stage"):
-        raise UserError(f'{where}: per must be "rank" or "stage", not {per!r}')
+        raise UserError(f'{where}: per must be "rank" or "stage", not {brief(per)}')
     if not isinstance(stages, dict) or not all(isinstance(times, dict) for times in stages.values()):
         raise UserError(f'{where}: stages must be an object of objects, as {{"7": {{"F": 1.3}}}}')
     for stage, times in stages.items():
-        if not stage.isdecimal():
-            raise UserError(f"{where}: stages: {stage!r} is no stage's number (0, 1, ...)")
+        if not stage.isdecimal() or len(stage) > 9:
+            raise UserError(f"{where}: stages: {brief(stage)} is no stage's number (0, 1, ...)")
         _check(times, f"{where}: stage {stage}")
     _check(given, where)
     if "F" not in given:
@@ -80,6 +84,6 @@ def _durations(given: dict[str, Any], where: str) -> Durations:
 def _check(times: dict[str, Any], where: str) -> None:
     for kind, time in times.items():
         if kind not in _TIMED:
-            raise UserError(f"{where}: unknown key {kind!r}; there are {', '.join(_TIMED)}")
-        if isinstance(time, bool) or not isinstance(time, (int, float)) or not math.isfinite(time) or time <= 0:
-            raise UserError(f"{where}: {kind} must be a positive number, not {time!r}")
+            raise UserError(f"{where}: unknown key {brief(kind)}; there are {', '.join(_TIMED)}")
+        if isinstance(time, bool) or not isinstance(time, (int, float)) or not _LEAST <= time <= _MOST:
+            raise UserError(f"{where}: {kind} must be a positive number, not {brief(time)} (from 1e-30 to 1e30)")

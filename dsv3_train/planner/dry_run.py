@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from dataclasses import asdict
 
 from dsv3_train.optim.schedules import Schedules
@@ -66,9 +67,9 @@ def _print(recipe: Recipe, report: dict, ref: str, overrides: list[str]) -> None
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     sizes = report["parameters"]
-    console.print(f"[bold]{recipe.name}[/bold]  {recipe.description}")
+    console.print(f"{recipe.name}  {recipe.description}")
     console.print(
         f"{sizes['main']:,} parameters + {sizes['mtp']:,} for MTP, routing biases included; "
         f"{sizes['active']:,} active per token"
@@ -107,8 +108,8 @@ def _print(recipe: Recipe, report: dict, ref: str, overrides: list[str]) -> None
             f"{row['bias_update_speed']:g}",
         )
     console.print(table)
-    command = " ".join(["dsv3 train", ref, *overrides])
+    command = shlex.join(["dsv3", "train", ref, *overrides])
     nodes = -(-p.world_size // p.gpus_per_node)
     if nodes > 1:
         command = f"srun --nodes={nodes} --ntasks-per-node={min(p.gpus_per_node, p.world_size)} {command}"
-    console.print(f"To run it: [bold]{command}[/bold]")
+    console.print(f"To run it: {command}")

@@ -67,6 +67,12 @@ def _routing(recipe: Recipe) -> Faults:
             f"{m.n_routed_experts} experts do not divide into {m.n_group} groups; "
             f"set it to {_divisors(m.n_routed_experts)}",
         )
+    elif m.scoring_func == "sigmoid" and m.num_experts_per_tok == 1:
+        # Megatron-core does not norm a single score (moe_utils.topk_routing_with_score_function).
+        yield (
+            "model.num_experts_per_tok",
+            "a single expert's gate would be its score, and is 1 in the report (equation 13); set it to 2 or more",
+        )
     elif m.scoring_func == "softmax" and m.n_group > 1:
         # DeepSeek-V2 scores a group by its best expert; Megatron-core by a sum.
         yield "model.n_group", f"{m.n_group} groups with scoring_func softmax; set model.n_group=1, or sigmoid"

@@ -57,6 +57,11 @@ def _pairs(recipe: Recipe) -> Faults:
         yield key, "needs parallel.dispatcher alltoall or deepep; set that, or this to false"
     if "full" in recipe.training.recompute:
         yield key, "cannot recompute whole layers; take full out of training.recompute, or set this to false"
+    if "moe" in recipe.training.recompute:
+        yield key, "does not recompute MoE layers; take moe out of training.recompute, or set this to false"
+    if recipe.model.n_routed_experts == parallel.expert:
+        # Its schedule plan frees what an only expert of a rank has as its input.
+        yield key, "needs two experts a rank; set it to false, or a smaller parallel.expert"
     if recipe.model.num_nextn_predict_layers > 1:
         yield key, "Megatron-core overlaps one MTP module at most; set it to false, or fewer modules"
 

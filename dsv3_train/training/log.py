@@ -202,8 +202,9 @@ def _line(r: StepRecord) -> str:
     parts = [f"step {r.step}/{r.total_steps}", f"loss {r.loss:.4f}"]
     if r.mtp_loss is not None:
         parts.append(f"mtp {r.mtp_loss:.4f}")
+    if r.balance_loss is not None:
+        parts.append(f"balance {r.balance_loss:.3f}")
     parts += [
-        f"balance {r.balance_loss:.3f}",
         f"lr {r.lr:.3g}",
         f"batch {r.batch_size}",
         f"norm {r.grad_norm:.3f}",

@@ -18,8 +18,10 @@ class Losses:
 
     loss: float
     mtp: float | None
-    balance: float
-    """Sequence-wise balance loss over alpha, mean over MoE layers: 1 when every expert gets its share."""
+    balance: float | None
+    """Sequence-wise balance loss over alpha, mean over MoE layers: 1 when every expert gets its share. None where alpha
+    is 0: Megatron tracks nothing then.
+    """
 
 
 def reduce_losses(reported: list[dict[str, torch.Tensor]], micro_batches: int, model: Model) -> Losses:
@@ -29,7 +31,7 @@ def reduce_losses(reported: list[dict[str, torch.Tensor]], micro_batches: int, m
     data-parallel ranks.
     """
     device = torch.cuda.current_device()
-    sums = torch.zeros(4, device=device, dtype=torch.float64)  # loss, tokens, MTP loss, balance loss
+    sums = torch.zeros(5, device=device, dtype=torch.float64)  # loss, tokens, MTP loss, balance loss, tracked
     for report in reported:
         sums[:2] += report["loss"].double()
     mtp, balance = MTPLossLoggingHelper.tracker, get_moe_layer_wise_logging_tracker()
@@ -42,14 +44,15 @@ def reduce_losses(reported: list[dict[str, torch.Tensor]], micro_batches: int, m
         # Every tensor-parallel rank tracks its own share of the sequence.
         share = parallel_state.get_tensor_model_parallel_group()
         sums[3] = values.double().sum() / (micro_batches * layers)
+        sums[4] = 1  # a stage without MoE layers does not know
         values.zero_()
         torch.distributed.all_reduce(sums[3:], group=share)
     torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     torch.distributed.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
-    loss, tokens, mtp_loss, balance_loss = sums.tolist()
+    loss, tokens, mtp_loss, balance_loss, tracked = sums.tolist()
     replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     return Losses(
         loss=loss / tokens,
         mtp=mtp_loss / replicas if model.num_nextn_predict_layers else None,
-        balance=balance_loss / replicas,
+        balance=balance_loss / replicas if tracked else None,
     )

@@ -15,7 +15,8 @@ class StepRecord:
     consumed_tokens: int
     loss: float
     mtp_loss: float | None
-    balance_loss: float
+    balance_loss: float | None
+    """None where the schedule gives it no weight."""
     lr: float
     batch_size: int
     mtp_weight: float

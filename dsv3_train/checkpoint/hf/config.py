@@ -7,9 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.faults import Fault, Place, refuse
-from dsv3_train.recipe.schema import Model, Recipe
+from dsv3_train.recipe.messages import faults_of
+from dsv3_train.recipe.schema import Model, Recipe, Section
+from dsv3_train.recipe.yaml_source import Node
 
 MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "kimi_k2")
 """Whose layers are DeepSeek-V3's, or a part of them (Moonlight is a deepseek_v3)."""
@@ -87,8 +91,28 @@ def model_of(config: dict[str, Any], file: str) -> dict[str, Any]:
     """A recipe's `model` section from `config.json`.
 
     Raises:
-        UserError: a model that this project does not have; one line for each key.
+        UserError: a model that this project does not have, or values of other types; one line for each key.
     """
+    return _checked(config, file)[0]
+
+
+def model(config: dict[str, Any], file: str, mtp: int | None = None) -> Model:
+    """The model of `config.json`, with `mtp` MTP modules where that is given.
+
+    Raises:
+        UserError: as `model_of`.
+    """
+    checked = _checked(config, file)[1]
+    return checked if mtp is None else checked.model_copy(update={"num_nextn_predict_layers": mtp})
+
+
+class _Keys(Section):
+    """So that faults of a model are found below `model`, as in a recipe."""
+
+    model: Model
+
+
+def _checked(config: dict[str, Any], file: str) -> tuple[dict[str, Any], Model]:
     faults = [Fault(Place(file), key, message) for key, message in _unsupported(config)]
     values: dict[str, Any] = {}
     for key in _SAME:
@@ -97,14 +121,37 @@ def model_of(config: dict[str, Any], file: str) -> dict[str, Any]:
             value = _WHERE_ABSENT.get(key)
         if value is None and key != "q_lora_rank":
             faults.append(Fault(Place(file), key, "missing; a DeepSeek-V3 configuration has it"))
-        values[key] = float(value) if isinstance(value, int) and key in _FLOATS else value
+        values[key] = _float(value) if key in _FLOATS else value
     values["scoring_func"] = _scoring(config)
+    rope = _rope(config)
+    values["rope_theta"] = _float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    unreadable = any(fault.key in ("model_type", _rope_key(config)) for fault in faults)
+    values["rope_scaling"] = None if unreadable else _scaling(config, rope)
+    try:
+        checked = _Keys.model_validate({"model": values}).model
+    except ValidationError as error:
+        refuse([*faults, *_faults_of(error, values, config, file)])
     if faults:
         refuse(faults)
-    rope = _rope(config)
-    values["rope_theta"] = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
-    values["rope_scaling"] = _scaling(config, rope)
-    return values
+    return values, checked
+
+
+def _faults_of(error: ValidationError, values: dict[str, Any], config: dict[str, Any], file: str) -> Iterator[Fault]:
+    """The schema's faults, under the keys of `config.json`."""
+    root = _node({"model": values}, Place(file))
+    for fault in faults_of(error, root):
+        key = fault.key.removeprefix("model.")
+        yield Fault(fault.place, key.replace("rope_scaling", _rope_key(config), 1), fault.message)
+
+
+def _node(value: Any, place: Place) -> Node:
+    inside = isinstance(value, dict)
+    return Node({key: _node(part, place) for key, part in value.items()} if inside else value, place)
+
+
+def _float(value: Any) -> Any:
+    """An integer as a float; all else as it is, for the schema to judge."""
+    return float(value) if type(value) is int and abs(value) < 1 << 64 else value
 
 
 _FLOATS = ("routed_scaling_factor", "rms_norm_eps", "initializer_range")
@@ -121,19 +168,48 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     return rope if isinstance(rope, dict) else {}
 
 
+def _rope_key(config: dict[str, Any]) -> str:
+    return "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+
+
 def _scaling(config: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any] | None:
     if _rope_type(rope) == "default":
         return None
     both = rope.get("mscale") is not None  # `_unsupported` has refused one without the other
     return {
-        "factor": float(rope["factor"]),
+        "factor": _float(rope["factor"]),
         "original_max_position_embeddings": rope.get("original_max_position_embeddings")
         or config["max_position_embeddings"],
-        "beta_fast": float(rope.get("beta_fast") or 32),
-        "beta_slow": float(rope.get("beta_slow") or 1),
-        "mscale": float(rope["mscale"]) if both else 1.0,
-        "mscale_all_dim": float(rope["mscale_all_dim"]) if both else 0.0,
+        "beta_fast": _float(rope.get("beta_fast") or 32.0),
+        "beta_slow": _float(rope.get("beta_slow") or 1.0),
+        "mscale": _float(rope["mscale"]) if both else _NO_MSCALE[0],
+        "mscale_all_dim": _float(rope["mscale_all_dim"]) if both else _NO_MSCALE[1],
     }
+
+
+_NO_MSCALE = (1.0, 0.0)
+"""What `mscale` and `mscale_all_dim` are where neither is given. Of a zero elsewhere transformers makes neither, and
+DeepSeek's own code a factor of 1."""
+
+
+def _zero_mscale(rope: dict[str, Any]) -> bool:
+    both = (rope.get("mscale"), rope.get("mscale_all_dim"))
+    return 0 in both and both != _NO_MSCALE
+
+
+def refuse_unwritable(model: Model, file: str) -> None:
+    """Refuse a model that no `config.json` can say.
+
+    Raises:
+        UserError: naming the key of the recipe `file`.
+    """
+    if model.rope_scaling and _zero_mscale(model.rope_scaling.model_dump()):
+        refuse([Fault(Place(file), "model.rope_scaling", _ZERO_MSCALE)])
+
+
+_ZERO_MSCALE = (
+    "implementations differ on mscale or mscale_all_dim 0; set both above 0, or mscale 1 with mscale_all_dim 0"
+)
 
 
 def _rope_type(rope: dict[str, Any]) -> str:
@@ -166,8 +242,13 @@ def _unsupported(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if config.get("num_experts_per_tok") == 1 and scoring == "sigmoid":
         yield "num_experts_per_tok", "1 is not supported: implementations differ on a single expert's gate"
     yield from _unsupported_rope(config)
+    longest = config.get("max_position_embeddings")
+    if longest is not None and type(longest) is not int:
+        yield "max_position_embeddings", f"must be an integer, got {_show(longest)}"
     quantisation = config.get("quantization_config")
-    if quantisation and (
+    if quantisation is not None and not isinstance(quantisation, dict):
+        yield "quantization_config", f"must be an object or null, got {_show(quantisation)}"
+    elif quantisation and (
         quantisation.get("quant_method") != "fp8"
         or quantisation.get("fmt", "e4m3") != "e4m3"
         or quantisation.get("weight_block_size") != [128, 128]
@@ -176,8 +257,10 @@ def _unsupported(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _unsupported_rope(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    rope = _rope(config)
+    for key in ("rope_parameters", "rope_scaling"):
+        if config.get(key) is not None and not isinstance(config[key], dict):
+            yield key, f"must be an object or null, got {_show(config[key])}"
+    key, rope = _rope_key(config), _rope(config)
     kind = _rope_type(rope)
     if kind not in ("default", "yarn"):
         yield key, f"type {kind!r} is not supported; it must be yarn, or null for plain RoPE"
@@ -189,6 +272,10 @@ def _unsupported_rope(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield key, "attention_factor and truncate are not supported"
     if (rope.get("mscale") is None) != (rope.get("mscale_all_dim") is None):
         yield key, "mscale and mscale_all_dim must both be there or neither: implementations differ on one alone"
+    elif _zero_mscale(rope):
+        yield key, _ZERO_MSCALE
+    if not (rope.get("original_max_position_embeddings") or config.get("max_position_embeddings")):
+        yield key, "yarn without original_max_position_embeddings, and there is no max_position_embeddings either"
 
 
 def derive(config: dict[str, Any], name: str, mtp: int, main_dtype: str) -> dict[str, Any]:
@@ -213,7 +300,7 @@ def contradictions(recipe: Recipe, config: dict[str, Any], mtp: int, chosen: Seq
         mtp: MTP modules that the files have, or that are kept of them.
         chosen: `a.b` keys that the command line set: what is said there holds.
     """
-    theirs = Model.model_validate({**model_of(config, "config.json"), "num_nextn_predict_layers": mtp})
+    theirs = model(config, "config.json", mtp)
     found = []
     for key, said in theirs.model_dump().items():
         own = recipe.model.model_dump()[key]
@@ -232,8 +319,12 @@ def _show(value: Any) -> str:
     return "null" if value is None else json.dumps(value)
 
 
-def config_of(model: Model, mtp: int, sequence_length: int) -> dict[str, Any]:
-    """A `config.json` for a model that did not come from one."""
+def config_of(model: Model, mtp: int, sequence_length: int, eos_id: int | None = None) -> dict[str, Any]:
+    """A `config.json` for a model that did not come from one.
+
+    Args:
+        eos_id: the end-of-document token, with which generation begins too; None: not known, left out.
+    """
     values = model.model_dump()
     scaling, theta = values.pop("rope_scaling"), values.pop("rope_theta")
     softmax = model.scoring_func == "softmax"
@@ -241,12 +332,13 @@ def config_of(model: Model, mtp: int, sequence_length: int) -> dict[str, Any]:
     if scaling:
         longest = int(scaling["factor"] * scaling["original_max_position_embeddings"])
         scaling = {"type": "yarn", **scaling}
+        if (scaling["mscale"], scaling["mscale_all_dim"]) == _NO_MSCALE:
+            del scaling["mscale"], scaling["mscale_all_dim"]
     return {
         "architectures": ["DeepseekV2ForCausalLM" if softmax else "DeepseekV3ForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
+        **({} if eos_id is None else {"bos_token_id": eos_id, "eos_token_id": eos_id}),
         "hidden_act": "silu",
         "max_position_embeddings": longest,
         "model_type": "deepseek_v2" if softmax else "deepseek_v3",

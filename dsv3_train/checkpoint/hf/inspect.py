@@ -14,7 +14,6 @@ from dsv3_train.checkpoint.hf.files import itemsize
 from dsv3_train.checkpoint.hf.names import SCALE
 from dsv3_train.checkpoint.hf.published import differences, open_directory, wrong
 from dsv3_train.checkpoint.hf.sharded import open_checkpoint
-from dsv3_train.recipe.schema import Model
 
 
 def is_published(path: Path) -> bool:
@@ -37,7 +36,7 @@ def inspect(path: Path) -> dict[str, Any]:
 def _published(path: Path) -> dict[str, Any]:
     directory = open_directory(path)
     tensors = directory.tensors
-    model = Model.model_validate(configs.model_of(directory.config, str(path / "config.json")))
+    model = configs.model(directory.config, str(path / "config.json"))
     missing, surplus = differences(directory, model, directory.mtp)
     weights = [tensor for name, tensor in tensors.items() if not name.endswith(SCALE)]
     return {

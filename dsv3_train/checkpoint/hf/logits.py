@@ -122,7 +122,12 @@ def _transformers(side: Weights) -> Any:
 
 
 def _put(tensors: dict[str, Side], key: str, tensor: torch.Tensor) -> None:
-    """Fill a tensor of transformers' model; from version 5 on it has a layer's experts in one."""
+    """Fill a tensor of transformers' model; from version 5 on it has a layer's experts in one.
+
+    Without shared experts its model has some of width 0, which no file holds.
+    """
+    if not tensor.numel():
+        return
     layer, fused, part = key.partition(".experts.")
     if fused and part in ("gate_up_proj", "down_proj"):
         names = ("down",) if part == "down_proj" else ("gate", "up")

@@ -107,18 +107,19 @@ def _kept(folder: Path) -> Origin:
     file = folder / _TENSORS
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
-        return Origin(folder, configs.read(folder), facts["main_dtype"], facts["mtp"], facts["exceptions"])
+        config = configs.read(folder)
+        configs.model_of(config, str(folder / "config.json"))
+        return Origin(folder, config, facts["main_dtype"], facts["mtp"], facts["exceptions"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: damaged ({error}); remove {folder} to export without it") from None
 
 
 def _directory(path: Path) -> Origin | None:
     from dsv3_train.checkpoint.hf.names import weights
-    from dsv3_train.recipe.schema import Model
 
     if not path.is_dir():
         return None  # gone since
     directory = open_directory(path)
-    model = Model.model_validate(configs.model_of(directory.config, str(path)))
+    model = configs.model(directory.config, str(path / "config.json"))
     there = [weight for weight in weights(model, directory.mtp) if weight.name in directory.tensors]
     return Origin(path, directory.config, directory.main_dtype, directory.mtp, exceptions(directory, there))

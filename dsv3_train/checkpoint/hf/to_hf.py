@@ -59,6 +59,8 @@ class Plan:
     verbatim: bool
     """config.json is the origin's, byte for byte."""
     origin: Origin | None
+    tokenizer: Path | None
+    """To be copied; None where the origin's files are."""
     notes: list[str]
 
     def contents(self, file: str) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -90,6 +92,7 @@ def make_plan(checkpoint: Path, dtype: Dtype | None, mtp: Mtp | None) -> Plan:
         UserError: checkpoint, its recipe or the options are at fault.
     """
     recipe = recipe_beside(checkpoint)
+    configs.refuse_unwritable(recipe.model, str(checkpoint.parent.parent / "recipe.yaml"))
     came_from = origin.find(checkpoint)
     notes = [] if came_from else ["no Hugging Face directory is known that this came from: config.json is made anew"]
     side = checkpoint_side(checkpoint, recipe)
@@ -105,8 +108,39 @@ def make_plan(checkpoint: Path, dtype: Dtype | None, mtp: Mtp | None) -> Plan:
     outputs = {one.weight.name: Output(one, _dtype(one, chosen, came_from), powers_of_two) for one in side}
     names = [tensor for output in outputs.values() for tensor in _tensors(output)]
     weight_map, index = _placed(names, outputs, came_from)
-    config, verbatim = _config(recipe, chosen, modules, came_from)
-    return Plan(checkpoint, recipe, chosen, modules, outputs, weight_map, index, config, verbatim, came_from, notes)
+    tokenizer, eos_id = _tokenizer(recipe, notes) if came_from is None else (None, None)
+    config, verbatim = _config(recipe, chosen, modules, came_from, eos_id)
+    return Plan(
+        checkpoint,
+        recipe,
+        chosen,
+        modules,
+        outputs,
+        weight_map,
+        index,
+        config,
+        verbatim,
+        came_from,
+        tokenizer,
+        notes,
+    )
+
+
+def _tokenizer(recipe: Recipe, notes: list[str]) -> tuple[Path | None, int | None]:
+    """The recipe's tokenizer and the id of its end-of-document token, as far as they are known; else a note."""
+    from dsv3_train.data.tokenizer import Tokenizer, tokenizer_path
+
+    without = "config.json has no eos_token_id and bos_token_id, for which transformers takes 1 and 0"
+    try:
+        path = tokenizer_path(recipe)
+    except (UserError, IndexError):
+        notes.append(f"no tokenizer is known: none was written, and {without}")
+        return None, None
+    try:
+        return path, Tokenizer.load(path).eos_id
+    except UserError as error:
+        notes.append(f"{error}; {without}")
+        return path, None
 
 
 def _scale_format(came_from: Origin | None) -> str | None:
@@ -177,10 +211,13 @@ def _placed(
     return weight_map, {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
-def _config(recipe: Recipe, dtype: Dtype, mtp: int, came_from: Origin | None) -> tuple[dict[str, Any], bool]:
+def _config(
+    recipe: Recipe, dtype: Dtype, mtp: int, came_from: Origin | None, eos_id: int | None
+) -> tuple[dict[str, Any], bool]:
     """config.json, and whether it is the origin's as it stands."""
     if came_from is None:
-        return configs.with_dtype(configs.config_of(recipe.model, mtp, recipe.training.sequence_length), dtype), False
+        fresh = configs.config_of(recipe.model, mtp, recipe.training.sequence_length, eos_id)
+        return configs.with_dtype(fresh, dtype), False
     config = dict(came_from.config)
     same = came_from.main_dtype == MAIN[dtype] and came_from.mtp == mtp
     stale = configs.contradictions(recipe, config, recipe.model.num_nextn_predict_layers)
@@ -219,8 +256,8 @@ def convert(plan: Plan, target: Path, workers: int | None, progress: Progress) -
 def _write_others(plan: Plan, where: Path) -> None:
     if plan.origin is not None:
         origin.copy_others(plan.origin.folder, where)
-    else:
-        _copy_tokenizer(plan, where)
+    elif plan.tokenizer is not None:
+        shutil.copyfile(plan.tokenizer, where / "tokenizer.json")
     if not plan.verbatim:
         text = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
         (where / "config.json").write_text(text, encoding="utf-8")
@@ -231,15 +268,6 @@ def _write_others(plan: Plan, where: Path) -> None:
     else:
         text = json.dumps(plan.index, indent=2, sort_keys=True) + "\n"
         (where / INDEX).write_text(text, encoding="utf-8")
-
-
-def _copy_tokenizer(plan: Plan, where: Path) -> None:
-    from dsv3_train.data.tokenizer import tokenizer_path
-
-    try:
-        shutil.copyfile(tokenizer_path(plan.recipe), where / "tokenizer.json")
-    except (UserError, IndexError):
-        plan.notes.append("no tokenizer is known: none was written")
 
 
 def write_file(

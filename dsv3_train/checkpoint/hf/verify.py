@@ -64,8 +64,7 @@ def open_weights(path: Path) -> Weights:
         return Weights(checkpoint, {one.weight.name: one for one in side}, recipe.model, None, recipe)
     directory = open_directory(path)
     directory.check_files()
-    plain = configs.model_of(directory.config, str(path / "config.json"))
-    model = Model.model_validate({**plain, "num_nextn_predict_layers": directory.mtp})
+    model = configs.model(directory.config, str(path / "config.json"), directory.mtp)
     found = present(directory, model, directory.mtp)
     return Weights(path, {one.weight.name: one for one in found}, model, directory, None)
 
