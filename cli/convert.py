@@ -15,11 +15,11 @@ app = typer.Typer(no_args_is_help=True, help="Convert between Hugging Face's Dee
 
 _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _Workers = Annotated[
-    Optional[int], typer.Option(min=1, help="Processes, 8 at most [default: one per core where there is enough to do].")
+    Optional[int], typer.Option(min=1, help="Processes, 8 at most (default: one per core where there is enough to do).")
 ]
 _Mtp = Annotated[
     Optional[Literal["keep", "drop"]],
-    typer.Option(help="Multi-Token Prediction: `keep` refuses files without it [default: keep what is there]."),
+    typer.Option(help="Multi-Token Prediction: `keep` refuses files without it (default: keep what is there)."),
 ]
 
 _FP32_NOISE = 1e-4  # sums in another order; wrongly placed weights differ by orders of magnitude more
@@ -38,7 +38,7 @@ def from_hf(
     mtp: _Mtp = None,
     dtype: Annotated[
         Optional[Literal["bf16", "fp32"]],
-        typer.Option(help="Of the checkpoint [default: as the files, FP8 as FP32: through BF16 its scales are lost]."),
+        typer.Option(help="Of the checkpoint (default: as the files, FP8 as FP32: through BF16 its scales are lost)."),
     ] = None,
     workers: _Workers = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Account for every tensor, and write nothing.")] = False,
@@ -71,7 +71,7 @@ def to_hf(
     target: Annotated[str, typer.Argument(help="The directory to make.", metavar="DST")],
     dtype: Annotated[
         Optional[Literal["bf16", "fp8", "fp32"]],
-        typer.Option(help="Of the files [default: as those that it came from, else as it trained]."),
+        typer.Option(help="Of the files (default: as those that it came from, else as it trained)."),
     ] = None,
     mtp: _Mtp = None,
     workers: _Workers = None,
@@ -101,7 +101,7 @@ def verify(
     b: Annotated[str, typer.Argument(help="Another one.")],
     logits: Annotated[
         Optional[bool],
-        typer.Option(help="Compare logits too, on the CPU [default: for models of up to 1e8 parameters]."),
+        typer.Option(help="Compare logits too, on the CPU (default: for models of up to 1e8 parameters)."),
     ] = None,
     workers: _Workers = None,
     as_json: _AsJson = False,

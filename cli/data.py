@@ -28,14 +28,14 @@ def prepare(
     ],
     output: Annotated[str, typer.Option(help="Prefix of the files to write.", metavar="PREFIX")],
     tokenizer: Annotated[Optional[str], typer.Option(help="A tokenizer.json; without it, train one.")] = None,
-    vocab_size: Annotated[Optional[int], typer.Option(help="Tokens of a trained tokenizer [default: 4096].")] = None,
+    vocab_size: Annotated[Optional[int], typer.Option(help="Tokens of a trained tokenizer (default: 4096).")] = None,
     fim_rate: Annotated[
         float, typer.Option(help="Share of documents rearranged for fill-in-the-middle; 0.1 in the report.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the choice of those documents.")] = 1234,
     text_key: Annotated[str, typer.Option(help="The key of a JSON line that holds the text.")] = "text",
     workers: Annotated[
-        Optional[int], typer.Option(min=1, help="Processes [default: one per core]; the result is the same for any.")
+        Optional[int], typer.Option(min=1, help="Processes (default: one per core); the result is the same for any.")
     ] = None,
     as_json: _AsJson = False,
 ) -> None:
@@ -72,7 +72,7 @@ def show(
     ] = None,
     as_json: _AsJson = False,
 ) -> None:
-    """Verify that a dataset is whole, and show what it holds; or show samples that a run trains on or passes over.
+    """Check a dataset's index and sizes, and show what it holds; or show samples that a run trains on or passes over.
 
     Example: dsv3 data show data/stdlib --document 3
 

@@ -14,9 +14,9 @@ def generate(
     ] = None,
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.8,
+    temperature: Annotated[float, typer.Option(min=0, max=100, help="0: always the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Draw from the likeliest tokens of this mass.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Continue a text with a trained model.

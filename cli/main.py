@@ -8,7 +8,7 @@ import traceback
 import typer
 
 from dsv3_cli import convert, data, doctor, generate, numerics, pipeline, preflight, profile, recipes, slurm, train
-from dsv3_train.errors import UserError
+from dsv3_train.errors import UserError, of_file
 
 app = typer.Typer(
     name="dsv3",
@@ -40,9 +40,11 @@ def run() -> None:
     except Exception as error:
         from dsv3_train.runtime.launch import report_to_parent
 
+        trace = traceback.format_exc().rstrip()
+        error = of_file(error) or error
         fault, told = isinstance(error, UserError), report_to_parent(error)
         if not told:
-            print(error if fault else traceback.format_exc().rstrip(), file=sys.stderr)
+            print(error if fault else trace, file=sys.stderr)
         code = 2 if fault else 1
     torch_distributed = sys.modules.get("torch.distributed")
     if torch_distributed is not None and torch_distributed.is_initialized():

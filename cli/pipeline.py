@@ -186,18 +186,11 @@ def _check_stages(stages, schedule: Schedule) -> None:
 
 
 def _write(path: str, text: str) -> None:
-    """Under a temporary name, then renamed: a picture is there whole or not at all."""
-    import os
+    from pathlib import Path
 
-    from dsv3_train.errors import UserError
+    from dsv3_train.profiling.report import write
 
-    partial = f"{path}.partial"
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write ({error.strerror or error})") from None
+    write(Path(path), text)
     print(f"wrote {path}")
 
 

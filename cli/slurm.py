@@ -53,9 +53,11 @@ def submit(
         _show(prepared.script, prepared.resolved, as_json)
         return
     if out is not None:
-        prepared.lay_out()
+        import json
+
         write(out, prepared.script)
-        print(f'{{"script": "{out}"}}' if as_json else out)
+        prepared.lay_out()
+        print(json.dumps({"script": out}) if as_json else out)
         return
     jobs = prepared.submit(chain)
     if as_json:

@@ -1,5 +1,11 @@
 """The one exception that means "the input is at fault, not the program"."""
 
+from __future__ import annotations
+
+import errno
+
+_OF_FILES = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS)
+
 
 class UserError(Exception):
     """Bad recipe, data, checkpoint or environment.
@@ -7,3 +13,10 @@ class UserError(Exception):
     The command line prints the message (one line per fault: file, key, fix) and exits with code 2
     without a traceback. Raise it before anything is written.
     """
+
+
+def of_file(error: BaseException) -> UserError | None:
+    """As a `UserError`, if a file or folder is what it is said not to be, or not ours to read or write."""
+    if isinstance(error, OSError) and error.errno in _OF_FILES and error.filename is not None:
+        return UserError(f"{error.filename}: {error.strerror}; give another, or change its permissions")
+    return None

@@ -149,6 +149,21 @@ def test_another_world_than_the_launcher(monkeypatch):
         launch(lambda: None, 4, "cuda")
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_file_that_is_not_ours_is_told_in_one_line(tmp_path, ranks):
+    """On the command line, and in ranks that are not started again for it."""
+    code = (
+        "from dsv3_cli import main\n"
+        "from dsv3_train.runtime.launch import launch\n"
+        "def fail(): raise PermissionError(13, 'Permission denied', 'runs/theirs')\n"
+        f"main.app = lambda: launch(fail, {ranks}, 'cpu')\n"
+        "main.run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    told = "runs/theirs: Permission denied; give another, or change its permissions\n"
+    assert (done.returncode, done.stderr) == (2, told)
+
+
 def test_the_end_with_live_process_groups(tmp_path):
     """Not through the interpreter's end, where a thread of theirs can turn the exit code into SIGABRT's."""
     code = (

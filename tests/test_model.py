@@ -125,7 +125,7 @@ def test_choice_of_tokens(trainer):
 
     logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
     generator = torch.Generator().manual_seed(0)
-    assert choose(logits, 0.0, 1.0, generator) == 0
+    assert choose(logits, 0.0, 1.0, generator) == choose(logits, 1e-300, 1.0, generator) == 0
     drawn = [choose(logits, 1.0, 0.7, generator) for _ in range(400)]
     assert set(drawn) == {0, 1}  # 0.5 + 0.3 crosses 0.7; the rest is out
     assert 0.5 < drawn.count(0) / 400 < 0.75  # 0.625 expected

@@ -117,7 +117,7 @@ def test_compare_leaves_out_what_is_impossible_and_says_so():
         (("compare", "--durations", "nowhere.json"), "cannot read nowhere.json"),
         (("compare", "--latency", "-1"), "--latency must be"),
         (("compare", "--head", "nan"), "--head must be"),
-        (("show", "1f1b", "--svg", "no/such/directory/a.svg"), "cannot write"),
+        (("show", "1f1b", "--svg", "setup.py/a.svg"), "cannot write"),
     ],
 )
 def test_bad_arguments(arguments, said):

@@ -256,3 +256,27 @@ def test_a_run_that_fails_in_a_terminal_gives_the_cursor_back(tmp_path):
 )
 def test_peak(name, tflops):
     assert peak_bf16_tflops(name) == tflops
+
+
+def test_nobody_reads_the_output_any_more(tmp_path):
+    """A closed pipe (`| head`), a full disk behind `>`: the run goes on, and log.txt has every line."""
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from test_run_log import open_log, record\n"
+        "log = open_log(Path(sys.argv[1]))\n"
+        "for step in range(1, 4): log.step(record(step))\n"
+        "log.close()\n"
+        "print('went on', file=sys.stderr)\n"
+    )
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+    assert "went on" in done.stderr, done.stderr
+    assert (tmp_path / "log.txt").read_text().count("step ") == 3

@@ -34,6 +34,7 @@ Progress = Callable[[str, int, int], None]
 
 TRAINING_BOUND = 32_000_000
 """Characters that a tokenizer is trained on at most: BPE merges settle long before, time and memory do not."""
+_LARGEST_VOCABULARY = 1 << 24
 _PUBLISHED = ("bin", "idx", "tokenizer.json", "manifest.json")
 
 
@@ -91,6 +92,8 @@ def _prepare(settings: Prepare, progress: Progress, text_key: str, workers: int,
     if given and settings.fim_rate:
         for role in ("fim_begin", "fim_hole", "fim_end"):
             given.special(role)
+    if not given and settings.vocab_size > _LARGEST_VOCABULARY:
+        raise UserError(f"vocab_size: {settings.vocab_size} is beyond any tokenizer; set at most {_LARGEST_VOCABULARY}")
     if not given and settings.vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
             f"vocab_size: {settings.vocab_size} is less than all bytes and the special tokens; "
@@ -147,6 +150,8 @@ def _prepare(settings: Prepare, progress: Progress, text_key: str, workers: int,
 
 
 def _checked_prefix(prefix: str) -> str:
+    if not os.path.basename(prefix) and not prefix.endswith("/"):
+        raise UserError("output: empty; give a prefix, such as data/corpus")
     if prefix.endswith("/") or os.path.isdir(prefix):
         raise UserError(f"{prefix}: is a directory; give a prefix in it, such as {prefix.rstrip('/')}/corpus")
     return prefix

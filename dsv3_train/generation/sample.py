@@ -27,9 +27,13 @@ class Decoder:
         return logits_1sv[0, -1].float()
 
 
+_COLDEST = 1e-4
+"""Temperatures below it are 0: logits would be divided beyond FP32."""
+
+
 def choose(logits_v: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
     """The next token: the likeliest at temperature 0, else drawn from the smallest set of mass `top_p`."""
-    if temperature == 0:
+    if temperature < _COLDEST:
         return int(logits_v.argmax())
     probs, order = torch.softmax(logits_v / temperature, dim=-1).sort(descending=True)
     probs[probs.cumsum(0) - probs >= top_p] = 0  # the token that crosses top_p stays

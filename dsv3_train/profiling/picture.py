@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,5 +131,6 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(partial, format="png", dpi=100)
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise UserError(f"{path}: cannot write ({error.strerror or error})") from None

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 import psutil
 
-from dsv3_train.errors import UserError
+from dsv3_train.errors import UserError, of_file
 from dsv3_train.runtime import heartbeat, incidents
 from dsv3_train.runtime.exits import FINAL, PREEMPTED, leave
 
@@ -178,6 +178,8 @@ def _say_what_happened(errors: Path, first: _End, restarts: Restarts | None) -> 
     elif first.code < 0:
         text = f"rank {first.rank} was ended by {signal.Signals(-first.code).name} on {platform.node()}{at}"
         print(text, file=sys.stderr)
+        if first.code == -signal.SIGKILL:
+            print("(a SIGKILL that nobody sent is the kernel's, out of memory: see dmesg)", file=sys.stderr)
         if restarts:
             incidents.record(restarts.run_dir, "death", text=text, rank=first.rank, step=last.step if last else None)
     elif crashes:
@@ -260,6 +262,7 @@ def _run_child(work: Callable[[], None]) -> NoReturn:
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException as error:
+        error = of_file(error) or error
         code = 2 if isinstance(error, UserError) else 1
         report_to_parent(error)
     leave(code)

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,8 @@ def write(path: str, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, path)
     except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 

@@ -30,6 +30,9 @@ from dsv3_train.runtime.watchdog import Watchdog
 from dsv3_train.training.rundir import hold, write_state
 from dsv3_train.training.startup import Startup
 
+_LARGE = 1 << 30
+"""Bytes of weights, gradients and optimizer states from which one process is worth a look at the machine."""
+
 
 def run(ref: str, overrides: list[str]) -> None:
     """Train `ref` in its run directory, from the newest checkpoint there.
@@ -74,10 +77,12 @@ def _refuse_machine(recipe: Recipe, device: str) -> None:
                 f"parallel.world_size: {world} GPUs, and {torch.cuda.device_count()} here; use fewer processes, or "
                 "start it with srun (dsv3 slurm submit) or torchrun on the machines that have them"
             )
-    elif world > 1 or recipe.precision.fp8 != "none":
-        errors = [text for severity, text in lacks(recipe, probe(), state_bytes(recipe)) if severity == "error"]
-        if errors:
+    elif world > 1 or recipe.precision.fp8 != "none" or state_bytes(recipe) > _LARGE:
+        found = lacks(recipe, probe(), state_bytes(recipe))
+        if errors := [text for severity, text in found if severity == "error"]:
             raise UserError("\n".join(errors))
+        for _, text in found:
+            print(f"warning: {text}", file=sys.stderr)
 
 
 def _ready_data(recipe: Recipe) -> None:

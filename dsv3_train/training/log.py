@@ -133,7 +133,11 @@ class RunLog:
 
     def _say(self, text: str) -> None:
         self._text.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        try:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        except OSError:  # a closed pipe or terminal, a full disk: log.txt has it
+            self._progress.stop()
+            self._console.quiet = True
 
     def _write_metrics(self, fields: dict) -> None:
         self._metrics.add(json.dumps(_finite(fields), allow_nan=False) + "\n")
