@@ -31,7 +31,7 @@ from dsv3_train.training.rundir import hold, write_state
 from dsv3_train.training.startup import Startup
 
 _LARGE = 1 << 30
-"""Bytes of weights, gradients and optimizer states from which one process is worth a look at the machine."""
+"""Bytes of weights, gradients and optimizer states in a process from which what the machine lacks is worth a word."""
 
 
 def run(ref: str, overrides: list[str]) -> None:
@@ -81,7 +81,7 @@ def _refuse_machine(recipe: Recipe, device: str) -> None:
         found = lacks(recipe, probe(), state_bytes(recipe))
         if errors := [text for severity, text in found if severity == "error"]:
             raise UserError("\n".join(errors))
-        for _, text in found:
+        for _, text in found if state_bytes(recipe) > _LARGE else ():
             print(f"warning: {text}", file=sys.stderr)
 
 
