@@ -10,7 +10,8 @@ import typer
 def generate(
     checkpoint: Annotated[str, typer.Argument(help="A run directory (its newest checkpoint), or one checkpoint.")],
     overrides: Annotated[
-        Optional[list[str]], typer.Argument(help="Recipe overrides, as parallel.expert=8.", metavar="[a.b=c]...")
+        Optional[list[str]],
+        typer.Argument(help="Recipe overrides, as parallel={world_size: 8, expert: 8}.", metavar="[a.b=c]..."),
     ] = None,
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 100,

@@ -188,7 +188,7 @@ def _check_stages(stages, schedule: Schedule) -> None:
 def _write(path: str, text: str) -> None:
     from pathlib import Path
 
-    from dsv3_train.profiling.report import write
+    from dsv3_train.whole import write
 
     write(Path(path), text)
     print(f"wrote {path}")

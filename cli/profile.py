@@ -78,7 +78,8 @@ def write_report(
     more: str = "",
 ) -> list[Path]:
     """Write what is wanted (`more`: HTML of a page); which files that were."""
-    from dsv3_train.profiling.report import as_json, write
+    from dsv3_train.profiling.report import as_json
+    from dsv3_train.whole import write
 
     pages = [path for path in (html, out / "report.html" if out else None) if path]
     pictures = [path for path in (png, out / "report.png" if out else None) if path]

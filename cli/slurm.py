@@ -44,7 +44,7 @@ def submit(
 
     Example: dsv3 slurm submit dsv3_671b_2048xh800 --time 24:00:00 pipeline.schedule=dualpipe --dry-run
     """
-    from dsv3_train.runtime.slurm_jobs import prepare, write
+    from dsv3_train.runtime.slurm_jobs import prepare
 
     given = {"partition": partition, "account": account, "time": time, "container": container}
     options = [f"--dependency=afterany:{after}"] if after else []
@@ -54,8 +54,11 @@ def submit(
         return
     if out is not None:
         import json
+        from pathlib import Path
 
-        write(out, prepared.script)
+        from dsv3_train.whole import write
+
+        write(Path(out), prepared.script)
         prepared.lay_out()
         print(json.dumps({"script": out}) if as_json else out)
         return

@@ -62,7 +62,7 @@ def test_generate(trained):
     assert 0 < report["tokens"] <= 5
     again = dsv3("generate", "runs/smoke_parallel", "--prompt", "def ", "--max-tokens", "5", "--json", cwd=trained)
     assert json.loads(again.stdout) == report  # the seed decides
-    spread = ["parallel.expert=2", "--temperature", "0", "--max-tokens", "5", "--json"]
+    spread = ["parallel={world_size: 2, expert: 2}", "--temperature", "0", "--max-tokens", "5", "--json"]
     two = dsv3("generate", "runs/smoke_parallel", *spread, cwd=trained)
     one = dsv3("generate", "runs/smoke_parallel", *spread[1:], cwd=trained)
     assert json.loads(two.stdout) == json.loads(one.stdout)

@@ -46,22 +46,17 @@ def run(checkpoint: Path, overrides: list[str], request: Request) -> None:
     recipe_file = checkpoint.parent.parent / "recipe.yaml"
     if not recipe_file.is_file():
         raise UserError(f"{recipe_file}: missing; a checkpoint's run directory holds the recipe it was trained with")
-    recipe = load(str(recipe_file), [*_ONE_PROCESS, *_ranks(overrides), *overrides])
+    recipe = load(str(recipe_file), [*_ONE_PROCESS, *overrides])
     if recipe.parallel.pipeline > 1 or recipe.parallel.tensor > 1:
-        raise UserError("parallel: generation spreads over expert-parallel ranks only; set parallel.expert alone")
+        raise UserError(
+            "parallel: generation spreads over experts only; set parallel.expert and parallel.world_size alone"
+        )
     carried = checkpoint.parent.parent / FOLDER / "tokenizer.json"  # of the files that it was converted from
     own = recipe.data.tokenizer or not carried.is_file()
     tokenizer = Tokenizer.load(tokenizer_path(recipe) if own else carried)
     device = distributed.device_of(recipe)
     distributed.prepare_import(device)
     launch(lambda: _on_rank(recipe, checkpoint, tokenizer, request, device), recipe.parallel.world_size, device)
-
-
-def _ranks(overrides: list[str]) -> list[str]:
-    """As many processes as parallel.expert asks for; another parallel.world_size among the overrides wins."""
-    return [
-        f"parallel.world_size={text.partition('=')[2]}" for text in overrides if text.startswith("parallel.expert=")
-    ]
 
 
 def _on_rank(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer, request: Request, device: str) -> None:

@@ -13,7 +13,8 @@ from dsv3_train.numerics.page import table as html_table
 from dsv3_train.numerics.picture import styled, svg
 from dsv3_train.numerics.table import grid
 from dsv3_train.profiling.picture import save
-from dsv3_train.profiling.report import as_json, write
+from dsv3_train.profiling.report import as_json
+from dsv3_train.whole import write
 
 _TITLE = "Relative error of tokens' input gradients, by how far the tokens are apart in size"
 _COLOURS = {"1x128": "#2563eb", "128x1": "#0d9488", "128x128": "#ea580c", "tensor": "#db2777"}

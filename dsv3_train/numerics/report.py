@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_train.numerics.compare import Curves
-from dsv3_train.profiling.report import as_json, write
+from dsv3_train.profiling.report import as_json
+from dsv3_train.whole import write
 
 
 def write_comparison(out: Path, figures: dict[str, Any], curves: Curves) -> list[Path]:

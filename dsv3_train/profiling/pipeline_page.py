@@ -9,7 +9,7 @@ from typing import Any
 from dsv3_train.pipeline.draw.html import html
 from dsv3_train.pipeline.draw.svg import svg
 from dsv3_train.profiling.pipeline_view import figures, of_pipelines, panels
-from dsv3_train.profiling.report import write
+from dsv3_train.whole import write
 
 
 def write_pipelines(out: Path, timed: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Path], str]:

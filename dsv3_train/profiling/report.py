@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dsv3_train.errors import UserError
 from dsv3_train.profiling.across import across
 from dsv3_train.profiling.gemm import gemm
 from dsv3_train.profiling.intervals import union
@@ -199,23 +195,6 @@ def _copies_in_the_way(work: Work) -> list[tuple[int, str, float, int]]:
             alone = union(work.start[mine], work.end[mine]) - others
             found.append((stream, work.trace.names[name], alone.total / 1e6, int(mine.sum())))
     return found
-
-
-def write(path: Path, text: str) -> None:
-    """Under a temporary name, then renamed.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    partial = path.with_name(path.name + ".unfinished")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise UserError(f"{path}: cannot write ({error.strerror or error})") from None
 
 
 def as_json(figures: dict[str, Any]) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import subprocess
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from dsv3_train.recipe.ready import refuse_unready
 from dsv3_train.runtime import cluster as site
 from dsv3_train.runtime import incidents
 from dsv3_train.runtime.slurm import FOLDER, Job, nodes, refuse_unlike, script
+from dsv3_train.whole import write
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ class Prepared:
         try:
             for folder, text in zip(folders, self.resolved, strict=True):
                 folder.mkdir(parents=True, exist_ok=True)
-                write(str(folder / "recipe.yaml"), text)
-                write(str(folder / "script.sh"), self.script)
+                write(folder / "recipe.yaml", text)
+                write(folder / "script.sh", self.script)
                 for mark in ("cancelled", "finished", "failures"):  # of jobs before
                     (folder / mark).unlink(missing_ok=True)
         except OSError as error:
@@ -111,22 +110,6 @@ def prepare(
 
         job = replace(job, command=f"{sys.executable} -m dsv3_cli.main")
     return Prepared(job, script(job, defaults), [dump(recipe) for recipe in recipes])
-
-
-def write(path: str, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    unfinished = Path(path + ".unfinished")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 @dataclass(frozen=True)

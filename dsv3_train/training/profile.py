@@ -233,6 +233,6 @@ def _timed(work: RandomSteps, seconds: list[float], gathered: list[dict[str, Any
 
 
 def _write(path: Path, text: str) -> None:
-    from dsv3_train.profiling.report import write
+    from dsv3_train.whole import write
 
     write(path, text)

@@ -139,8 +139,8 @@ class Run:
         """To the end of the recipe's duration; or until step `stop_after`, as if interrupted there.
 
         Raises:
-            SystemExit: asked to stop (`PREEMPTED`, with a checkpoint); or results are corrupt (`CORRUPT`).
-            UserError: too many global batches in a row gave no finite loss.
+            SystemExit: asked to stop (`PREEMPTED`, with a checkpoint; 1 without); or results are corrupt (`CORRUPT`).
+            UserError: too many global batches in a row gave no finite loss, or the last checkpoint cannot be written.
         """
         try:
             self._train(stop_after)
@@ -175,33 +175,32 @@ class Run:
                 self._save()
                 last_saved = step
             if verdict is Verdict.STOP and not ended:
-                self._make_sure(f"asked to stop ({self.guard.asked}) at step {step}", (0,))
-                self._event(f"asked to stop ({self.guard.asked}): saved at step {step}; start again to go on")
+                asked = f"asked to stop ({self.guard.asked}): "
+                if not self._saved(again_after=(0,)):
+                    self._event(f"{asked}step {step} could not be saved; start again to go on from the one before")
+                    raise SystemExit(1)  # started again like any failure, as often as that is allowed
+                self._event(f"{asked}saved at step {step}; start again to go on")
                 raise SystemExit(PREEMPTED)
             if ended:
                 self._event(self._summary())
         if self.position.step > last_saved:
             self._save()
-        self._make_sure("the run is at its end", _WAITS)
+        if not self._saved(again_after=_WAITS):
+            raise UserError(
+                f"{self.run_dir}/checkpoints: the run is at its end, and its last checkpoint could not be written (see "
+                "log.txt); make room, or mend the file system, and start again to go on from the one before"
+            )
 
-    def _make_sure(self, why: str, waits: Sequence[int]) -> None:
-        """Do not leave before the last checkpoint is whole; one that failed is tried again after each of `waits`.
-
-        Raises:
-            UserError: in vain.
-        """
+    def _saved(self, again_after: Sequence[int]) -> bool:
+        """Wait for the last checkpoint to be whole; one that failed is tried again, after so many seconds each."""
         whole = self.writer.finish()
-        for seconds in () if whole else waits:
+        for seconds in () if whole else again_after:
             heartbeat.mark("waiting to save again")
             time.sleep(seconds)
             self._save()
             if whole := self.writer.finish():
                 break
-        if not whole:
-            raise UserError(
-                f"{self.run_dir}/checkpoints: {why}, and its last checkpoint could not be written (see log.txt); "
-                "make room, or mend the file system, and start again to go on from the one before"
-            )
+        return whole
 
     def _roll_back(self, first_sample: int, batch_size: int) -> None:
         """After a spike: to the newest checkpoint before the samples that are passed over from now on. Collective."""

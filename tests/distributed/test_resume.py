@@ -327,3 +327,23 @@ def test_all_the_time_that_training_stands_still_is_told(data, tmp_path):
     in_processes(on_rank, 1)
     (line,) = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if "stood still" in line]
     assert 0.5 < float(line.split("for ")[1].split(" s")[0]) < 3
+
+
+def test_a_stop_whose_checkpoint_cannot_be_written(data, tmp_path, capfd):
+    """It does not pass for saved: the code is that of a failure, which a cluster starts again."""
+    settings = recipe(data, tmp_path / "run", parallel={"world_size": 2, "expert": 2})
+    in_the_way = tmp_path / "run" / "checkpoints" / "step_00000001.unfinished"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
+
+    def on_rank() -> None:
+        from dsv3_train.training.run import Run
+        from dsv3_train.training.startup import Startup
+
+        distributed.start(settings, "cpu")
+        Run(settings, tmp_path / "run", "cpu", Startup(), stop=SimpleNamespace(name="SIGTERM")).train()
+
+    with pytest.raises(SystemExit) as ended:
+        in_processes(on_rank, 2)
+    assert ended.value.code == 1
+    assert "step 1 could not be saved" in (tmp_path / "run" / "log.txt").read_text()
