@@ -23,7 +23,7 @@ part() { # NAME COMMAND...
 tests() { python3 -m pytest -q -s -p no:cacheprovider "$@"; }
 
 part data_tiny dsv3 data prepare python-stdlib --output /tmp/tiny-data/stdlib --vocab-size 32000 --fim-rate 0.1
-part data_study dsv3 data prepare python-stdlib --output $at/stdlib --vocab-size 16384
+wanted study && part data_study dsv3 data prepare python-stdlib --output $at/stdlib --vocab-size 16384
 
 two_gpus=("parallel={world_size: 2, pipeline: 2}" "pipeline={schedule: dualpipe}" "training.micro_batch_size=4")
 if wanted machine; then
@@ -31,39 +31,33 @@ if wanted machine; then
   part preflight dsv3 preflight dsv3_tiny "${two_gpus[@]}" data.prepare.output=/tmp/tiny-data/stdlib faults.hang_seconds=60
 fi
 
-# How much communication hides, and from four GPUs on beside it the tests of two.
-if wanted pairs; then
-  part pairs tests tests/gpu/test_two_gpus.py -k "pairs and blockwise" &
-  ((gpus >= 4)) || wait
-fi
-if wanted two; then # tiny models, mostly imports: beside each other
-  ((gpus >= 4)) && on=2,3 || on=0,1
-  for schedule in 1f1b dualpipe dualpipev zb1p; do
-    CUDA_VISIBLE_DEVICES=$on part "two_$schedule" tests "tests/gpu/test_two_gpus.py::test_schedules[$schedule]" &
-  done
-  CUDA_VISIBLE_DEVICES=$on part two_dispatch tests tests/gpu/test_two_gpus.py -k fp8_dispatch &
-fi
-wait
-most=$((gpus >= 8 ? 8 : gpus >= 4 ? 4 : 2))
-((most > 2)) && minutes=9 || minutes=6
-schedules() { part "$1" python3 tools/gpu_schedules.py --gpus $most --out "$out/schedules" --minutes "$2" --parts "$1"; }
-wanted schedules && schedules schedules "$minutes"
+# How much communication hides: alone on the machine.
+wanted pairs && part pairs tests tests/gpu/test_two_gpus.py -k "pairs and blockwise"
 
-# The comparison of precisions on all GPUs but the last, which has the rest, one after the other; of two, on both.
+# The comparison of precisions on all GPUs but the last (of two, on both), and beside it what is right or wrong at any speed.
 last=$((gpus - 1))
 if wanted study; then
   CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((gpus > 2 ? last - 1 : last))) \
     part study dsv3 numerics run dsv3_100m data.prepare.tokenizer=$at/stdlib.tokenizer.json \
     data.prepare.output=$at/python --variants blockwise --seeds 3 --paired --jobs 6 --out $at/study &
 fi
-wanted elastic && schedules elastic 10 & # a small model, for its losses and not its speed
-if wanted tests; then
-  CUDA_VISIBLE_DEVICES=$last part tests tests tests/gpu &
+if wanted two; then # tiny models, mostly imports
+  for schedule in 1f1b dualpipe dualpipev zb1p; do
+    part "two_$schedule" tests "tests/gpu/test_two_gpus.py::test_schedules[$schedule]" &
+  done
+  part two_dispatch tests tests/gpu/test_two_gpus.py -k fp8_dispatch &
 fi
-export CUDA_VISIBLE_DEVICES=$((gpus > 2 ? last : 0))
-wanted tiny && part tiny bash tools/gpu_tiny.sh "$out" 110 50
-wanted same && part same bash tools/gpu_deterministic.sh /tmp/tiny-data/stdlib
-wanted checkpoint && part checkpoint python3 tools/bench_checkpoint.py dsv3_tiny
+most=$((gpus >= 8 ? 8 : gpus >= 4 ? 4 : 2))
+schedules() { part "$1" python3 tools/gpu_schedules.py --gpus $most --out "$out/schedules" --minutes "$2" --parts "$1"; }
+alone() { CUDA_VISIBLE_DEVICES=$last part "$@"; }
+wanted tests && alone tests tests tests/gpu
+wanted tiny && alone tiny bash tools/gpu_tiny.sh "$out" 110 50
+wanted same && alone same bash tools/gpu_deterministic.sh /tmp/tiny-data/stdlib
+wanted elastic && schedules elastic 10
+wanted checkpoint && alone checkpoint python3 tools/bench_checkpoint.py dsv3_tiny
 wait
 cp $at/study/report.* "$out" 2>/dev/null
+
+# Speed and memory of every schedule: alone too.
+wanted schedules && schedules schedules $((most > 2 ? 9 : 6))
 say "all done"

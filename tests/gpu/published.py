@@ -6,8 +6,9 @@ from dsv3_train.recipe.load import load
 from dsv3_train.recipe.schema import NO_FP8, Recipe
 
 
-def published(layers: int, experts: int, gpus: int = 1, **precision: str) -> Recipe:
-    """`layers` MoE layers of `dsv3_671b_2048xh800` with `experts` experts over `gpus` expert-parallel GPUs.
+def published(layers: int, experts: int, gpus: int = 1, sequences: int = 1, **precision: str) -> Recipe:
+    """`layers` MoE layers of `dsv3_671b_2048xh800` with `experts` experts over `gpus` expert-parallel GPUs, `sequences`
+    of 4096 tokens a micro-batch.
 
     Every option of precision and recomputation is off but those named.
     """
@@ -25,6 +26,7 @@ def published(layers: int, experts: int, gpus: int = 1, **precision: str) -> Rec
             "schedule.mtp_weight=0",
             "schedule.bias_update_speed=0",  # the same routing in every step
             "training.recompute=[]",
+            f"training.micro_batch_size={sequences}",
             "optim.ema_decay=null",
             "data.train=[{path: unused}]",
             *NO_FP8,

@@ -40,10 +40,10 @@ def torchrun(what: str, recipe: Recipe, out: Path, processes: int) -> None:
         assert code == 0, f"{code}: {output.read()[-8000:]}"
 
 
-@pytest.mark.parametrize("fp8", ["none", "blockwise"])
-def test_pairs_overlap(tmp_path, fp8):
+@pytest.mark.parametrize(("fp8", "sequences"), [("none", 1), ("blockwise", 1), ("blockwise", 2)])
+def test_pairs_overlap(tmp_path, fp8, sequences):
     """The report's layers (TR 4.2) with 16 experts on 2 GPUs: the same numbers, and NCCL's time behind kernels."""
-    torchrun("pairs", published(2, 16, gpus=2, fp8=fp8), tmp_path, 2)
+    torchrun("pairs", published(2, 16, gpus=2, sequences=sequences, fp8=fp8), tmp_path, 2)
     for rank in range(2):
         result = json.loads((tmp_path / f"{rank}.json").read_text())
         print(json.dumps(result, indent=1))

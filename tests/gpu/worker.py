@@ -49,7 +49,7 @@ def pairs(recipe: Recipe, out: Path) -> None:
         places = [model.place for model in trainer.models]
         trainer.executor = Executor("1f1b", places, messages, defer=True, overlap=overlap)
         trainer.executor.schedule = lambda count, evaluation: _one_rank(count)
-        results[name] = _measure(trainer, recipe, out / f"{results['rank']}.{name.replace(' ', '_')}.json")
+        results[name] = _measure(trainer, recipe, out / f"{results['rank']}.{name.replace(' ', '_')}.json.gz")
         gradients[name] = [p.main_grad.clone().cpu() for p in trainer.models[0].parameters()]
     names = [name for name, _ in trainer.models[0].named_parameters()]
     for name in ("one by one again", "in pairs"):
@@ -80,17 +80,18 @@ def _measure(trainer: Any, recipe: Recipe, trace: Path) -> dict[str, Any]:
     from dsv3_train.training.step import forward_backward
 
     values = Schedules(recipe).at(0)
-    length, vocabulary = recipe.training.sequence_length, recipe.model.vocab_size
+    length, sequences = recipe.training.sequence_length, recipe.training.micro_batch_size
+    vocabulary = recipe.model.vocab_size
     generator = torch.Generator().manual_seed(torch.distributed.get_rank())
     batches = []
     for _ in range(MICRO_BATCHES):
-        tokens = torch.randint(0, vocabulary, (1, length + 1), generator=generator).cuda()
+        tokens = torch.randint(0, vocabulary, (sequences, length + 1), generator=generator).cuda()
         batches.append(
             {
                 "tokens": tokens[:, :-1].contiguous(),
                 "labels": tokens[:, 1:].contiguous(),
-                "position_ids": torch.arange(length, device="cuda")[None],
-                "loss_mask": torch.ones(1, length, device="cuda"),
+                "position_ids": torch.arange(length, device="cuda").repeat(sequences, 1),
+                "loss_mask": torch.ones(sequences, length, device="cuda"),
             }
         )
 
@@ -113,7 +114,6 @@ def _measure(trainer: Any, recipe: Recipe, trace: Path) -> dict[str, Any]:
     profiler.export_chrome_trace(str(trace))
     work = works([read(trace)], table())
     figures = report(work)
-    trace.unlink()
     leave_out = ("ranges", "largest", "steps", "gemm", "file", "unclassified", "streams")
     streams = [{key: row[key] for key in row if key != "classes"} for row in figures["streams"]]
     return {
