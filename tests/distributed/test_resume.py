@@ -48,7 +48,12 @@ def recipe(data: str, run_dir: Path, **changes):
             "mtp_weight": [{"constant": 0.3, "until": "25 steps"}, {"constant": 0.1}],
             "bias_update_speed": [{"constant": 1e-3, "until": "35 steps"}, {"constant": 0}],
         },
-        "training": {"duration": f"{STEPS} steps", "eval_interval": STEPS, "eval_sequences": 8},
+        "training": {
+            "duration": f"{STEPS} steps",
+            "micro_batch_size": 4,  # few passes: most of a step's time on a CPU
+            "eval_interval": STEPS,
+            "eval_sequences": 8,
+        },
         "checkpoint": {"interval": 0},
         "logging": {"tensorboard": False, "expert_load_interval": 0},
         "runtime": {"run_dir": str(run_dir)},
@@ -124,11 +129,11 @@ def test_same_layout_bit_for_bit(data, tmp_path, zero1):
     assert [name for name in expected if not expected[name].equal(got[name])] == []
 
 
-# (parallel, pipeline, training): each takes two sequences at a time, so that the growing batch is rounded alike.
+# (parallel, pipeline, micro-batch): each takes four sequences at a time, so that the growing batch is rounded alike.
 LAYOUTS = {
-    "ep2": ({"world_size": 2, "expert": 2}, {}, {}),
-    "pp2": ({"world_size": 2, "pipeline": 2}, {"layout": "Ettt|tmL"}, {"micro_batch_size": 2}),
-    "pp2_ep2": ({"world_size": 4, "pipeline": 2, "expert": 2}, {"layout": "Ett|ttmL"}, {}),
+    "ep2": ({"world_size": 2, "expert": 2}, {}, 2),
+    "pp2": ({"world_size": 2, "pipeline": 2}, {"layout": "Ettt|tmL"}, 4),
+    "pp2_ep2": ({"world_size": 4, "pipeline": 2, "expert": 2}, {"layout": "Ett|ttmL"}, 2),
 }
 
 
@@ -139,8 +144,8 @@ def test_another_layout(data, tmp_path, begun, resumed):
     """From one EP and PP to another under ZeRO-1, in mid ramp: the same loss at every step within 1e-5."""
 
     def layout(name: str, run_dir: Path):
-        parallel, pipeline, training = LAYOUTS[name]
-        training = {"duration": "24 steps", "eval_interval": 24, "eval_sequences": 8, **training}
+        parallel, pipeline, size = LAYOUTS[name]
+        training = {"duration": "24 steps", "micro_batch_size": size, "eval_interval": 24}
         schedule = {"bias_update_speed": 1e-3, "mtp_weight": 0.3}
         return recipe(
             data, run_dir, parallel={**parallel, "zero1": True}, pipeline=pipeline, training=training, schedule=schedule
@@ -171,7 +176,7 @@ def on_the_way(data: str, run_dir: Path, name: str, steps: int = 16):
         run_dir,
         parallel={**parallel, "zero1": True},
         pipeline=JOURNEY[name],
-        training={"duration": f"{steps} steps", "eval_interval": steps, "eval_sequences": 8},
+        training={"duration": f"{steps} steps", "micro_batch_size": 2, "eval_interval": steps},
         schedule={"bias_update_speed": 1e-3, "mtp_weight": 0.3},
     )
 
@@ -202,11 +207,11 @@ def test_a_schedule_goes_on_bit_for_bit(data, tmp_path, schedule):
 
 def test_end_in_a_layout_that_rounds_batches_otherwise(data, tmp_path):
     """Steps count on, and what is scheduled by them, to the end at the last, where it validates."""
-    short = {"training": {"duration": "20 steps", "eval_interval": 20, "eval_sequences": 8}}
+    short = {"training": {"duration": "20 steps", "micro_batch_size": 2, "eval_interval": 20}}
     short["schedule"] = {"bias_update_speed": 1e-3, "mtp_weight": 0.3}
     run(recipe(data, tmp_path, parallel={"zero1": True}, **short), stop_after=CUT)
     records = run(recipe(data, tmp_path, parallel={"world_size": 2, "expert": 2, "zero1": True}, **short))
-    assert all(records[step]["batch_size"] % 2 == 0 for step in records if step > CUT)
+    assert all(records[step]["batch_size"] % 4 == 0 for step in records if step > CUT)
     assert sorted(records) == list(range(1, 21))
     tokens = [records[step]["consumed_tokens"] for step in sorted(records)]
     assert tokens == sorted(set(tokens))
