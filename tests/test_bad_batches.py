@@ -40,7 +40,7 @@ def recipe(data: str, run_dir: Path, **faults) -> Recipe:
         model={"vocab_size": 512},
         parallel={"world_size": 2, "expert": 2, "zero1": True},
         data={"train": [{"path": data}], "valid_fraction": 0.1, "workers": 1},
-        training={"duration": f"{STEPS} steps"},
+        training={"duration": f"{STEPS} steps", "micro_batch_size": 4},
         checkpoint={"interval": 4, "keep_last": 3},
         faults={"spike": 15.0, "spike_window": 16, "spike_batches": 2, **faults},
         logging={"tensorboard": False, "expert_load_interval": 0},
