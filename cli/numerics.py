@@ -125,6 +125,8 @@ def run(
 ) -> None:
     """Train a recipe once per precision and seed, and compare. Started again, it goes on where it stopped.
 
+    With checkpoint.load=RUN all begin where that run is, and seeds are of the order of the data too (data.seed).
+
     Example: dsv3 numerics run smoke --variants none emulated training.duration="40 steps"
     """
     from rich.console import Console

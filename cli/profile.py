@@ -111,6 +111,14 @@ def run(
     steps: Annotated[int, typer.Option(min=1, help="Steps timed without a profiler, and then as many traced.")] = 3,
     warmup: Annotated[int, typer.Option(min=1, help="Steps before them.")] = 2,
     ranks: Annotated[str, typer.Option(help="Ranks that write a trace, as 0,1; or all.")] = "0",
+    balanced: Annotated[
+        bool,
+        typer.Option(
+            "--balanced",
+            help="Send every expert about as many tokens (random ones), as in the profile that DeepSeek published: "
+            "otherwise, what a rank waits for others with more tokens counts as communication.",
+        ),
+    ] = False,
     out: Annotated[
         Optional[Path], typer.Option(help="Directory of all files; none: RUN_DIR/profile.", metavar="DIR")
     ] = None,
@@ -129,7 +137,7 @@ def run(
 
     loaded = ready(recipe, overrides or [])
     where = out or Path(loaded.runtime.run_dir.format(name=loaded.name)) / "profile"
-    plan = Plan(where, steps, warmup, _ranks(ranks, loaded.parallel.world_size))
+    plan = Plan(where, steps, warmup, _ranks(ranks, loaded.parallel.world_size), balanced)
     train(loaded, plan, lambda: _report_run(plan, as_json))
 
 
@@ -161,6 +169,8 @@ def _report_run(plan: Plan, as_json: bool) -> None:
     figures = report(found)
     speed = ("step_seconds", "tokens_per_second", "tflops_per_process")
     figures["speed"] = {key: timed[key] for key in speed}
+    for rank in figures.get("ranks", [figures]) if plan.balanced else ():
+        rank["notes"].append("every expert was sent about as many tokens (--balanced)")
     figures["pipelines"], drawn, section = write_pipelines(plan.out, timed)
     written = [*traces, *drawn, *write_report(found, figures, out=plan.out, more=section)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from dsv3_train.errors import UserError
+from dsv3_train.runtime import launch as launching
 from dsv3_train.runtime.launch import launch
 
 
@@ -132,6 +134,16 @@ def test_a_signal_in_the_moment_in_which_a_rank_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "waitpid", waitpid)
     launch(work, 2, "cpu")
     assert (tmp_path / "saved").exists()
+
+
+def test_a_port_that_the_kernel_gives_to_nobody_else(monkeypatch):
+    """Rank 0 takes it seconds later, when it has imported torch."""
+    port = launching._free_port()
+    assert port < 32768  # Linux's first of those
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        monkeypatch.setattr(launching.random.SystemRandom, "sample", lambda _, ports, count: [port, port + 1])
+        assert launching._free_port() == port + 1
 
 
 def test_no_port_to_meet_at(monkeypatch):

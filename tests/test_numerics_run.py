@@ -100,6 +100,13 @@ def test_pairs_of_the_same_seed(tmp_path):
     assert [one.seed for one in made] == [False, False, True, False]  # seeds of the baseline
 
 
+def test_seeds_of_runs_that_begin_at_a_checkpoint():
+    """Its weights are whose they are: another order of the data is what seeds can differ in."""
+    made = planned(overrides=["runtime.device=cuda", "precision.params=bf16", "data.seed=5", "checkpoint.load=trunk"])
+    assert [one.recipe.data.seed for one in made] == [5, 5, 6, 7]
+    assert [one.recipe.training.seed for one in made] == [1234, 1234, 1235, 1236]
+
+
 def test_the_baseline_has_no_fp8_whatever_the_recipe_says():
     fp8 = ["precision.fp8=blockwise", "precision.fp8_params=true", "precision.fp8_dispatch=true",
            "training.recompute=[moe_act]", "precision.swiglu_input=fp8", "precision.attention_output=e5m6",

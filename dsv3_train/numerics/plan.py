@@ -50,7 +50,8 @@ def plan(
     Args:
         variants: each a value of precision.fp8, `+a.b=c` for what else differs (`blockwise+power_of_2_scales=false`:
             keys of `precision` go without it); `none`, the baseline, is there anyhow.
-        seeds: of the baseline, its own among them.
+        seeds: of the baseline, its own among them. Runs that begin at a checkpoint (checkpoint.load) differ in the
+            order of their data too.
         paired: the variants are trained with all of them too.
 
     Raises:
@@ -60,10 +61,14 @@ def plan(
     if len(names) == 1 and seeds == 1:
         raise UserError("--variants: nothing to compare with the baseline; add one, as emulated or blockwise")
     planned = [_planned(out, name, ref, [*overrides, *_overrides(name)]) for name in names]
-    first = planned[0].recipe.training.seed
+    recipe = planned[0].recipe
+    first = recipe.training.seed
     for seed in range(first + 1, first + seeds):
+        seeded = [f"training.seed={seed}"]
+        if recipe.checkpoint.load:  # weights are those of the checkpoint, whatever training.seed
+            seeded.append(f"data.seed={recipe.data.seed + seed - first}")
         for name in names if paired else names[:1]:
-            own = [*overrides, *_overrides(name), f"training.seed={seed}"]
+            own = [*overrides, *_overrides(name), *seeded]
             planned.append(_planned(out, f"{name}-seed{seed}", ref, own, seed=name == BASELINE))
     return planned
 

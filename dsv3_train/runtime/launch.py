@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import random
 import signal
 import socket
 import subprocess
@@ -196,9 +197,12 @@ def _say_what_happened(errors: Path, first: _End, restarts: Restarts | None) -> 
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One that the kernel gives to nobody who just asks for any: rank 0 takes it only when it has imported torch."""
+    for port in random.SystemRandom().sample(range(10000, 20000), 1000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise UserError("MASTER_PORT: ports 10000 to 19999 are all in use; start with torchrun --master-port=N")
 
 
 def _rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:

@@ -30,6 +30,8 @@ class Plan:
     warmup: int
     ranks: tuple[int, ...]
     """Those that write a trace."""
+    balanced: bool = False
+    """Every expert is sent about as many tokens."""
 
 
 def ready(ref: str, overrides: list[str]) -> Recipe:
@@ -96,6 +98,8 @@ def measure(work: RandomSteps, plan: Plan) -> None:
 
     from dsv3_train.profiling.spans import Spans
 
+    if plan.balanced:
+        _balance(work.trainer)
     for _ in range(plan.warmup):
         work.step()
     spans, seconds, recorded = Spans(work.trainer), [], []
@@ -111,6 +115,18 @@ def measure(work: RandomSteps, plan: Plan) -> None:
     if torch.distributed.get_rank() == 0:
         _write(plan.out / "pipeline.json", json.dumps(_timed(work, seconds, gathered), indent=1) + "\n")
     torch.distributed.barrier()
+
+
+def _balance(trainer: Any) -> None:
+    """Let routers choose by random logits, so that no rank waits for one with more tokens. DeepSeek's published profile
+    is of "an absolutely balanced MoE routing strategy" too (github.com/deepseek-ai/profile-data).
+    """
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    for model in trainer.models:
+        for module in model.modules():
+            if isinstance(module, TopKRouter):
+                module.config.moe_router_force_load_balancing = True
 
 
 class RandomSteps:

@@ -79,6 +79,29 @@ def test_four_processes_of_dualpipe_draw_their_diagram(tmp_path):
     ]
 
 
+def test_every_expert_is_sent_as_many_tokens(tmp_path):
+    recipe = tiny(parallel={"world_size": 2, "expert": 2}, training={"sequence_length": 256})
+
+    def on_rank(balanced: bool) -> None:
+        from dsv3_train.training.assemble import assemble
+        from dsv3_train.training.profile import Plan, RandomSteps, measure
+
+        distributed.start(recipe, "cpu")
+        trainer = assemble(recipe, "cpu")
+        measure(RandomSteps(recipe, "cpu", trainer), Plan(tmp_path, 1, 1, (), balanced))
+        counts_le, _ = trainer.load.gather()
+        if torch.distributed.get_rank() == 0:
+            torch.save(counts_le, tmp_path / f"{balanced}.pt")
+        distributed.stop()
+
+    for balanced in (False, True):
+        in_processes(functools.partial(on_rank, balanced), 2)
+    routed, even = (torch.load(tmp_path / f"{name}.pt") for name in (False, True))
+    assert routed.sum() == even.sum()
+    assert (routed.amax(1) / routed.mean(1)).min() > 1.2
+    assert (even.amax(1) / even.mean(1)).max() < 1.2  # 512 tokens an expert, give or take the root of that
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
 def test_a_sleeping_rank_under_megatrons_schedules_is_named(tmp_path, monkeypatch, schedule):
     from dsv3_train.training import assemble

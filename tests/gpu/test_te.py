@@ -64,9 +64,13 @@ def on_gpu(out: Path, **changes) -> dict:
     from dsv3_train.runtime.launch import launch
 
     distributed.prepare_import("cuda")
-    launch(lambda: train(recipe("cuda", **changes), out, device="cuda"), 1, "cuda")
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        del os.environ[name]
+    try:
+        launch(lambda: train(recipe("cuda", **changes), out, device="cuda"), 1, "cuda")
+    finally:  # a failure here would be every later test's
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            del os.environ[name]
+        if torch.distributed.is_initialized():
+            distributed.stop()
     return result(out)
 
 
