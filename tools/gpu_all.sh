@@ -32,7 +32,7 @@ if wanted machine; then
 fi
 
 # How much communication hides: alone on the machine.
-wanted pairs && part pairs tests tests/gpu/test_two_gpus.py -k "pairs and blockwise"
+wanted pairs && part pairs tests tests/gpu/test_two_gpus.py -k "pairs and (fp8 or report)"
 
 # The comparison of precisions on all GPUs but the last (of two, on both), and beside it what is right or wrong at any speed.
 last=$((gpus - 1))

@@ -6,8 +6,8 @@
 `dsv3_671b_8xh200` (fewer layers and experts on fewer GPUs) in each layout under Megatron-core's 1F1B, its interleaved
 schedule with overlapped all-to-all, DualPipe and DualPipeV, on the same weights and text; then a checkpoint that
 changes layouts and a killed rank (gpu_elastic.py; --parts for one of the two). DIR/results.json is written anew after
-every case, pipelines are drawn beside it. What is timed and traced routes tokens evenly (`dsv3 profile run --balanced`). Cases that overlap pairs run in the environment of recipes that do
-(NCCL_MAX_CTAS), the others without.
+every case, pipelines are drawn beside it. What is timed and traced routes tokens evenly (`dsv3 profile run
+--balanced`). Cases that overlap pairs run in the environment of recipes that do (NCCL_MAX_CTAS), the others without.
 
 Gradients of step 1 are compared by products with random vectors: the mean square of their differences is the square of
 the gradients' distance, without keeping gigabytes of them. The yardstick is one schedule run twice.
@@ -39,10 +39,8 @@ SECONDS_PER_CASE = 60
 """What is left when a case still begins."""
 SECONDS_OF_A_HANG = 240
 """Without a finished case, after which those under way are given up."""
-LAYOUTS = {8: [(4, 2), (2, 4)], 4: [(4, 1), (2, 2)], 2: [(2, 1), (1, 2)]}
+LAYOUTS = {8: [(4, 2), (2, 4)], 4: [(4, 1), (2, 2)], 2: [(2, 1)]}
 """(pipeline, expert) by number of GPUs."""
-OF_ONE_STAGE = ("1f1b", "dualpipev")
-"""The schedules of a pipeline of one rank."""
 SCHEDULES = ("1f1b", "1f1b again", "interleaved", "dualpipe", "dualpipev")
 TINY = [
     *("model.hidden_size=64", "model.num_attention_heads=4", "model.q_lora_rank=32", "model.kv_lora_rank=16"),
@@ -386,7 +384,6 @@ def run_schedules(options: argparse.Namespace) -> None:
         for layout in LAYOUTS[options.gpus]
         for schedule in options.schedules
         if schedule != "1f1b again" or layout == LAYOUTS[options.gpus][0]
-        if layout[0] > 1 or schedule in OF_ONE_STAGE
     ]
     for case in cases:  # what an earlier call left would pass for this one's
         shutil.rmtree(options.work / str(case), ignore_errors=True)

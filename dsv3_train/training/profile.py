@@ -99,7 +99,7 @@ def measure(work: RandomSteps, plan: Plan) -> None:
     from dsv3_train.profiling.spans import Spans
 
     if plan.balanced:
-        _balance(work.trainer)
+        balance(work.trainer)
     for _ in range(plan.warmup):
         work.step()
     spans, seconds, recorded = Spans(work.trainer), [], []
@@ -117,16 +117,18 @@ def measure(work: RandomSteps, plan: Plan) -> None:
     torch.distributed.barrier()
 
 
-def _balance(trainer: Any) -> None:
-    """Let routers choose by random logits, so that no rank waits for one with more tokens. DeepSeek's published profile
-    is of "an absolutely balanced MoE routing strategy" too (github.com/deepseek-ai/profile-data).
+def balance(trainer: Any, even: bool = True) -> None:
+    """Let routers choose by random logits, so that no rank waits for one with more tokens; or by their weights again.
+
+    DeepSeek's published profile is of "an absolutely balanced MoE routing strategy" too
+    (github.com/deepseek-ai/profile-data).
     """
     from megatron.core.transformer.moe.router import TopKRouter
 
     for model in trainer.models:
         for module in model.modules():
             if isinstance(module, TopKRouter):
-                module.config.moe_router_force_load_balancing = True
+                module.config.moe_router_force_load_balancing = even
 
 
 class RandomSteps:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dsv3_train.recipe.load import load
 from dsv3_train.recipe.schema import NO_FP8, Recipe
 
 
-def published(layers: int, experts: int, gpus: int = 1, sequences: int = 1, **precision: str) -> Recipe:
+def published(
+    layers: int, experts: int, gpus: int = 1, sequences: int = 1, recompute: Sequence[str] = (), **precision: str
+) -> Recipe:
     """`layers` MoE layers of `dsv3_671b_2048xh800` with `experts` experts over `gpus` expert-parallel GPUs, `sequences`
     of 4096 tokens a micro-batch.
 
@@ -25,7 +29,7 @@ def published(layers: int, experts: int, gpus: int = 1, sequences: int = 1, **pr
             "model.num_nextn_predict_layers=0",
             "schedule.mtp_weight=0",
             "schedule.bias_update_speed=0",  # the same routing in every step
-            "training.recompute=[]",
+            f"training.recompute=[{', '.join(recompute)}]",
             f"training.micro_batch_size={sequences}",
             "optim.ema_decay=null",
             "data.train=[{path: unused}]",

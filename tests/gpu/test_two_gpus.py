@@ -40,10 +40,16 @@ def torchrun(what: str, recipe: Recipe, out: Path, processes: int) -> None:
         assert code == 0, f"{code}: {output.read()[-8000:]}"
 
 
-@pytest.mark.parametrize(("fp8", "sequences"), [("none", 1), ("blockwise", 1), ("blockwise", 2)])
-def test_pairs_overlap(tmp_path, fp8, sequences):
+REPORTS = {"fp8": "blockwise", "fp8_dispatch": "true", "swiglu_input": "fp8", "attention_output": "e5m6"}
+
+
+@pytest.mark.parametrize("precision", [{"fp8": "none"}, {"fp8": "blockwise"}, REPORTS], ids=["bf16", "fp8", "report"])
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_pairs_overlap(tmp_path, precision, sequences):
     """The report's layers (TR 4.2) with 16 experts on 2 GPUs: the same numbers, and NCCL's time behind kernels."""
-    torchrun("pairs", published(2, 16, gpus=2, sequences=sequences, fp8=fp8), tmp_path, 2)
+    recompute = ["layernorm", "mla_up_proj", "moe_act"] if precision is REPORTS else []
+    recipe = published(2, 16, gpus=2, sequences=sequences, recompute=recompute, **precision)
+    torchrun("pairs", recipe, tmp_path, 2)
     for rank in range(2):
         result = json.loads((tmp_path / f"{rank}.json").read_text())
         print(json.dumps(result, indent=1))

@@ -49,8 +49,8 @@ def pairs(recipe: Recipe, out: Path) -> None:
         places = [model.place for model in trainer.models]
         trainer.executor = Executor("1f1b", places, messages, defer=True, overlap=overlap)
         trainer.executor.schedule = lambda count, evaluation: _one_rank(count)
-        results[name] = _measure(trainer, recipe, out / f"{results['rank']}.{name.replace(' ', '_')}.json.gz")
-        gradients[name] = [p.main_grad.clone().cpu() for p in trainer.models[0].parameters()]
+        trace = out / f"{results['rank']}.{name.replace(' ', '_')}.json.gz"
+        results[name], gradients[name] = _measure(trainer, recipe, trace)
     names = [name for name, _ in trainer.models[0].named_parameters()]
     for name in ("one by one again", "in pairs"):
         differences = [
@@ -71,12 +71,14 @@ def _one_rank(count: int) -> Any:
     return Schedule("1f1b", 1, 1, (count,), ((Compute((Op("F", 0, 0, 0),)), *middle, *last),))
 
 
-def _measure(trainer: Any, recipe: Recipe, trace: Path) -> dict[str, Any]:
+def _measure(trainer: Any, recipe: Recipe, trace: Path) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """Loss and gradients as the model routes; times and trace with tokens spread evenly."""
     from dsv3_train.optim.schedules import Schedules
     from dsv3_train.profiling.classes import table
     from dsv3_train.profiling.report import report
     from dsv3_train.profiling.trace import read
     from dsv3_train.profiling.work import works
+    from dsv3_train.training.profile import balance
     from dsv3_train.training.step import forward_backward
 
     values = Schedules(recipe).at(0)
@@ -99,6 +101,9 @@ def _measure(trainer: Any, recipe: Recipe, trace: Path) -> dict[str, Any]:
         return forward_backward(trainer, values, batches, MICRO_BATCHES)
 
     losses = step()
+    gradients = [parameter.main_grad.clone().cpu() for parameter in trainer.models[0].parameters()]
+    balance(trainer)
+    step()
     seconds = []
     for _ in range(3):
         torch.cuda.synchronize()
@@ -112,17 +117,18 @@ def _measure(trainer: Any, recipe: Recipe, trace: Path) -> dict[str, Any]:
         step()
         torch.cuda.synchronize()
     profiler.export_chrome_trace(str(trace))
-    work = works([read(trace)], table())
-    figures = report(work)
+    balance(trainer, False)
+    figures = report(works([read(trace)], table()))
     leave_out = ("ranges", "largest", "steps", "gemm", "file", "unclassified", "streams")
     streams = [{key: row[key] for key in row if key != "classes"} for row in figures["streams"]]
-    return {
+    told = {
         "loss": losses.loss,
         "step_ms": 1e3 * sorted(seconds)[1],
         "paired": trainer.executor.paired,
         **{key: figures[key] for key in figures if key not in leave_out},
         "streams": streams,
     }
+    return told, gradients
 
 
 def main() -> None:
