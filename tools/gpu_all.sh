@@ -1,12 +1,12 @@
 #!/bin/bash
 # Everything that claims to work on GPUs, on one host with two of them or more.
-# bash tools/gpu_all.sh OUT [PART...]    by default machine pairs two schedules elastic tests tiny same checkpoint study
+# bash tools/gpu_all.sh OUT [PART...]    by default machine pairs two branch elastic tests tiny same checkpoint schedules
 # A line per part in OUT/summary.txt, what each printed in OUT/PART.log. Runs and data go to /tmp/gpu_all.
 set -u
 . tools/on_gpu.sh
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
-parts=" ${*:-machine pairs two schedules elastic tests tiny same checkpoint study} "
+parts=" ${*:-machine pairs two branch elastic tests tiny same checkpoint schedules} "
 at=/tmp/gpu_all
 gpus=$(nvidia-smi --list-gpus | wc -l)
 mkdir -p $at
@@ -23,7 +23,9 @@ part() { # NAME COMMAND...
 tests() { python3 -m pytest -q -s -p no:cacheprovider "$@"; }
 
 part data_tiny dsv3 data prepare python-stdlib --output /tmp/tiny-data/stdlib --vocab-size 32000 --fim-rate 0.1
-wanted study && part data_study dsv3 data prepare python-stdlib --output $at/stdlib --vocab-size 16384
+if wanted study || wanted branch; then # its tokenizer
+  part data_study dsv3 data prepare python-stdlib --output $at/stdlib --vocab-size 16384
+fi
 
 two_gpus=("parallel={world_size: 2, pipeline: 2}" "pipeline={schedule: dualpipe}" "training.micro_batch_size=4")
 if wanted machine; then
@@ -34,13 +36,19 @@ fi
 # How much communication hides: alone on the machine.
 wanted pairs && part pairs tests tests/gpu/test_two_gpus.py -k "pairs and (fp8 or report)"
 
-# The comparison of precisions on all GPUs but the last (of two, on both), and beside it what is right or wrong at any speed.
+# The comparison of precisions on all GPUs but the last (of two, on both), and beside it what is right or wrong at any speed:
+# branch from a BF16 run of 38M tokens, study from scratch (docs/fp8.md).
 last=$((gpus - 1))
-if wanted study; then
-  CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((gpus > 2 ? last - 1 : last))) \
-    part study dsv3 numerics run dsv3_100m data.prepare.tokenizer=$at/stdlib.tokenizer.json \
-    data.prepare.output=$at/python --variants blockwise --seeds 3 --paired --jobs 6 --out $at/study &
-fi
+training=$(seq -s, 0 $((gpus > 2 ? last - 1 : last)))
+text=("data.prepare.tokenizer=$at/stdlib.tokenizer.json" "data.prepare.output=$at/python")
+compare() { dsv3 numerics run dsv3_100m "${text[@]}" --variants blockwise --seeds 3 --paired --jobs 6 --out "$@"; }
+branch() {
+  dsv3 train dsv3_100m "${text[@]}" runtime.run_dir=$at/trunk training.duration=38M \
+    'schedule.lr=[{linear: [0, 8e-4], until: 300 steps}, {constant: 8e-4}]' &&
+    compare $at/branch checkpoint.load=$at/trunk
+}
+wanted branch && CUDA_VISIBLE_DEVICES=$training part branch branch &
+wanted study && CUDA_VISIBLE_DEVICES=$training part study compare $at/study &
 if wanted two; then # tiny models, mostly imports
   for schedule in 1f1b dualpipe dualpipev zb1p; do
     part "two_$schedule" tests "tests/gpu/test_two_gpus.py::test_schedules[$schedule]" &
@@ -56,7 +64,9 @@ wanted same && alone same bash tools/gpu_deterministic.sh /tmp/tiny-data/stdlib
 wanted elastic && schedules elastic 10
 wanted checkpoint && alone checkpoint python3 tools/bench_checkpoint.py dsv3_tiny
 wait
-cp $at/study/report.* "$out" 2>/dev/null
+for one in branch study; do
+  for file in "$at/$one"/report.*; do [ -e "$file" ] && cp "$file" "$out/${one}_$(basename "$file")"; done
+done
 
 # Speed and memory of every schedule: alone too.
 wanted schedules && schedules schedules $((most > 2 ? 9 : 6))
