@@ -260,6 +260,24 @@ def test_signals():
     assert process.wait(10) == 128 + signal.SIGTERM
 
 
+def test_signals_of_a_terminal():
+    """Ctrl-C and a closed terminal are the same wish; not for a process that is to outlive it (nohup)."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        with subprocess.Popen([sys.executable, "-c", SIGNALLED, "heed"], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(number)
+            assert process.stdout.readline() == f"{number.name}\n"
+            process.kill()
+    command = ["nohup", sys.executable, "-c", SIGNALLED, "heed"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "SIGINT\n"
+        process.kill()
+
+
 def test_spikes():
     losses = [5.0 - 0.01 * step + 0.02 * (-1) ** step for step in range(40)]
     spikes = Spikes(8.0, 16)

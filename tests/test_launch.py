@@ -107,15 +107,16 @@ def running(pid: int) -> bool:
         return False
 
 
-def test_a_signal_in_the_moment_in_which_a_rank_ends(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_in_the_moment_in_which_a_rank_ends(tmp_path, monkeypatch, number):
     """The other rank gets it, and time for its checkpoint: no error of the handler's ends it."""
     really = os.waitpid
-    signals = iter([signal.SIGTERM])
+    signals = iter([number])
 
     def waitpid(pid: int, options: int) -> tuple[int, int]:
         ended = really(pid, options)
-        if ended[0] and (number := next(signals, None)):
-            signal.raise_signal(number)
+        if ended[0] and (due := next(signals, None)):
+            signal.raise_signal(due)
         return ended
 
     def work() -> None:
@@ -124,7 +125,7 @@ def test_a_signal_in_the_moment_in_which_a_rank_ends(tmp_path, monkeypatch):
                 time.sleep(0.01)
             return
         told = []
-        signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+        signal.signal(number, lambda number, frame: told.append(number))
         (tmp_path / "ready").touch()
         while not told:
             time.sleep(0.01)

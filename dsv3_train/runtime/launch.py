@@ -28,6 +28,7 @@ import psutil
 from dsv3_train.errors import UserError, of_file
 from dsv3_train.runtime import heartbeat, incidents
 from dsv3_train.runtime.exits import FINAL, PREEMPTED, leave
+from dsv3_train.runtime.signals import heard
 
 _LIBC = ctypes.CDLL(None)
 _GRACE_SECONDS = 5.0
@@ -81,7 +82,7 @@ def launch(work: Callable[[], None], world_size: int, device: str, restarts: Res
 
     In each, RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set as torchrun sets them. On a CPU the
     processes are forked, so that torch and Megatron are imported once; for GPUs the command line is started again,
-    once per GPU. TERM and USR1 are passed on to them.
+    once per GPU. Signals that ask for a stop (runtime/signals.py) are passed on to them.
 
     Args:
         restarts: start all of them again when one dies or hangs; None: never. (Under torchrun or srun, those decide.)
@@ -258,8 +259,8 @@ def die_with_parent(parent: int) -> None:
 
 def _run_child(work: Callable[[], None]) -> NoReturn:
     """What a forked rank does, to its end."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler would end its other children
-    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    for number in heard():
+        signal.signal(number, signal.SIG_DFL)  # the parent's handler would end its other children
     code = 0
     try:
         work()
@@ -284,7 +285,7 @@ class _Children:
     def __enter__(self) -> _Children:
         # Not ours: what this process started before.
         self._others = {child.pid for child in psutil.Process().children(recursive=True)}
-        self._before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._before = {number: signal.signal(number, self._pass_on) for number in heard()}
         if sys.platform == "linux":
             _LIBC.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: a dead rank's helpers become our children
         return self
@@ -297,6 +298,8 @@ class _Children:
             _LIBC.prctl(36, 0)
 
     def _pass_on(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and not self.stopping:
+            print("stopping at the end of the step; Ctrl-C again: at once", file=sys.stderr, flush=True)
         self.stopping = True
         for pid in list(self.alive):
             with contextlib.suppress(ProcessLookupError):  # ended and buried, and about to be struck off `alive`

@@ -1,4 +1,4 @@
-"""TERM and USR1: a wish to stop, noted at once and granted at the end of a step; the second one ends the process."""
+"""TERM, USR1, INT, HUP: a wish to stop, noted at once, granted at the end of a step; a second one ends the process."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ import time
 
 from dsv3_train.runtime.exits import PREEMPTED
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _SAME = 1.0
 """Seconds within which a second signal is the same wish: a group and its launcher both pass it on."""
+
+
+def heard() -> list[signal.Signals]:
+    """Those of `SIGNALS` that reach this process: nohup has it ignore HUP, and `&` in a script, INT."""
+    silenced = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_IGN]
+    return [number for number in SIGNALS if number not in silenced]
 
 
 class StopRequest:
@@ -20,8 +26,8 @@ class StopRequest:
     Until `heed` is called nothing would ever look, and nothing is to be saved: a signal ends the process, `PREEMPTED`.
 
     Signals are read by a thread of their own, since Python calls no handler while the main thread waits inside a
-    collective. Processes that are forked later (data workers, checkpoint writers) ignore both signals: SLURM sends
-    them to every process of a job, and the rank alone decides when those may go.
+    collective. Processes that are forked later (data workers, checkpoint writers) ignore all of them: SLURM and
+    terminals send them to every process of a job, and the rank alone decides when those may go.
     """
 
     def __init__(self) -> None:
@@ -31,7 +37,7 @@ class StopRequest:
         self._heeded = False
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        for number in SIGNALS:
+        for number in heard():
             signal.signal(number, _noted)
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=_ignore)
@@ -64,6 +70,6 @@ def _ignore() -> None:
 
 
 def ignore_in_worker(worker: int = 0) -> None:
-    """Leave TERM and USR1 to the rank (also torch's data workers, which set handlers of their own after the fork)."""
+    """Leave signals to the rank (also torch's data workers, which set handlers of their own after the fork)."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
