@@ -1,12 +1,12 @@
 #!/bin/bash
 # Everything that claims to work on GPUs, on one host with two of them or more.
-# bash tools/gpu_all.sh OUT [PART...]    by default machine pairs two branch elastic tests tiny same checkpoint schedules
+# bash tools/gpu_all.sh OUT [PART...]    by default machine hidden pairs two branch elastic tests tiny same checkpoint schedules
 # A line per part in OUT/summary.txt, what each printed in OUT/PART.log. Runs and data go to /tmp/gpu_all.
 set -u
 . tools/on_gpu.sh
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
-parts=" ${*:-machine pairs two branch elastic tests tiny same checkpoint schedules} "
+parts=" ${*:-machine hidden pairs two branch elastic tests tiny same checkpoint schedules} "
 at=/tmp/gpu_all
 gpus=$(nvidia-smi --list-gpus | wc -l)
 mkdir -p $at
@@ -33,8 +33,29 @@ if wanted machine; then
   part preflight dsv3 preflight dsv3_tiny "${two_gpus[@]}" data.prepare.output=/tmp/tiny-data/stdlib faults.hang_seconds=60
 fi
 
-# How much communication hides: alone on the machine.
-wanted pairs && part pairs tests tests/gpu/test_two_gpus.py -k "pairs and (fp8 or report)"
+# How much communication hides: alone on the machine. Layers of the report's size on two GPUs, with its options in FP8.
+hidden() {
+  local report
+  for sequences in 1 2 4; do
+    for pairs in false true; do
+      report=$out/hidden_${sequences}_$pairs
+      CUDA_VISIBLE_DEVICES=0,1 dsv3 profile run dsv3_671b_8xh200 "parallel={world_size: 2, expert: 2}" \
+        "pipeline={schedule: 1f1b, overlap_pairs: $pairs}" model.num_hidden_layers=2 model.n_routed_experts=16 \
+        model.n_group=1 model.topk_group=1 training.micro_batch_size=$sequences schedule.batch_size=$((12 * sequences)) \
+        --balanced --ranks all --steps 1 --json --out "/tmp/gpu_all/hidden" >"$report.json" || return
+      python3 - "$report.json" <<'PY'
+import json, sys
+
+found = json.load(open(sys.argv[1]))
+for rank in found["ranks"]:
+    all_of, pairs = rank["hidden_fraction"], rank["pairs"]
+    print(sys.argv[1], f"{1e3 * found['speed']['step_seconds']:.0f} ms a step, hidden {all_of:.1%}", pairs)
+PY
+    done
+  done
+}
+wanted hidden && part hidden hidden
+wanted pairs && part pairs tests tests/gpu/test_two_gpus.py -k "pairs and report and 1"
 
 # The comparison of precisions on all GPUs but the last (of two, on both), and beside it what is right or wrong at any speed:
 # branch from a BF16 run of 38M tokens, study from scratch (docs/fp8.md).

@@ -118,9 +118,9 @@ class Pipeline(Section):
     defer_weight_gradients: bool = True
     """Compute weight gradients where the schedule says W; false: with the gradients of inputs, as 1f1b does."""
     overlap_pairs: bool = False
-    """Run the forward and backward passes that the schedule pairs (dualpipe, dualpipev; interleaved, where
-    Megatron-core pairs them) on two streams, so that the dispatch and combine of each hide behind the other's
-    computation (needs BF16 and expert parallelism). Other schedules have no pairs."""
+    """Run the forward and backward passes that the schedule pairs (dualpipe, dualpipev; where Megatron-core pairs
+    them, interleaved and 1f1b without a pipeline) on two streams, so that the dispatch and combine of each hide behind
+    the other's computation (needs BF16 and expert parallelism). Other schedules have no pairs."""
     check_messages: bool = False
     """Debugging: send each tensor's place in the schedule before it, and stop on the first that does not match."""
     communication_sms: int = Field(default=20, ge=0)
@@ -372,7 +372,8 @@ class Recipe(Section):
     @property
     def overlaps_pairs(self) -> bool:
         """Whether forward and backward passes overlap: the schedule pairs them, and the recipe wants it."""
-        return self.pipeline.overlap_pairs and self.pipeline.schedule in PAIRING
+        alone = self.pipeline.schedule == "1f1b" and self.parallel.pipeline == 1
+        return self.pipeline.overlap_pairs and (alone or self.pipeline.schedule in PAIRING)
 
     @property
     def stage_count(self) -> int:

@@ -15,23 +15,18 @@ from dsv3_train.data import datasets, manifest
 from dsv3_train.data.prepare import BeingPrepared, changed_inputs, prepare
 from dsv3_train.errors import UserError
 from dsv3_train.optim.schedules import Schedules
-from dsv3_train.planner.states import state_bytes
 from dsv3_train.recipe.load import dump, load
 from dsv3_train.recipe.ready import refuse_unready
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import deterministic, distributed, heartbeat, preflight_run
-from dsv3_train.runtime.environment import probe
 from dsv3_train.runtime.exits import PREEMPTED
-from dsv3_train.runtime.lacks import lacks
 from dsv3_train.runtime.launch import ATTEMPT, Restarts, joined_world, launch
 from dsv3_train.runtime.rendezvous import Absent
 from dsv3_train.runtime.signals import StopRequest
 from dsv3_train.runtime.watchdog import Watchdog
+from dsv3_train.training.machine import refuse_machine
 from dsv3_train.training.rundir import hold, write_state
 from dsv3_train.training.startup import Startup
-
-_LARGE = 1 << 30
-"""Bytes of weights, gradients and optimizer states in a process from which what the machine lacks is worth a word."""
 
 
 def run(ref: str, overrides: list[str]) -> None:
@@ -48,7 +43,7 @@ def run(ref: str, overrides: list[str]) -> None:
     startup.mark("interpreter, torch and recipe")
     joined = joined_world() is not None
     if not joined:  # before any process starts; under a launcher, the ranks see to it
-        _refuse_machine(recipe, device)
+        refuse_machine(recipe, device)
         _ready_data(recipe)
         startup.mark("data")
     if device == "cpu" or joined:
@@ -64,25 +59,6 @@ def run(ref: str, overrides: list[str]) -> None:
         device,
         restarts if recipe.faults.max_restarts else None,
     )
-
-
-def _refuse_machine(recipe: Recipe, device: str) -> None:
-    """Refuse to start here what this machine cannot hold or compute: thousands of processes, to begin with."""
-    world = recipe.parallel.world_size
-    if device == "cuda":
-        import torch
-
-        if world > torch.cuda.device_count():
-            raise UserError(
-                f"parallel.world_size: {world} GPUs, and {torch.cuda.device_count()} here; use fewer processes, or "
-                "start it with srun (dsv3 slurm submit) or torchrun on the machines that have them"
-            )
-    elif world > 1 or recipe.precision.fp8 != "none" or state_bytes(recipe) > _LARGE:
-        found = lacks(recipe, probe(), state_bytes(recipe))
-        if errors := [text for severity, text in found if severity == "error"]:
-            raise UserError("\n".join(errors))
-        for _, text in found if state_bytes(recipe) > _LARGE else ():
-            print(f"warning: {text}", file=sys.stderr)
 
 
 def _ready_data(recipe: Recipe) -> None:

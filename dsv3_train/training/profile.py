@@ -10,14 +10,18 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.load import load
 from dsv3_train.recipe.ready import refuse_unready
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import distributed
-from dsv3_train.runtime.launch import launch
+from dsv3_train.runtime.launch import joined_world, launch
+from dsv3_train.training.machine import refuse_machine
+
+if TYPE_CHECKING:
+    from dsv3_train.profiling.spans import Spans
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ def run(recipe: Recipe, plan: Plan, done: Callable[[], None]) -> None:
     if beyond:
         raise UserError(f"--ranks: {beyond[0]} is none of the recipe's {world} ranks (0 to {world - 1})")
     device = distributed.device_of(recipe)
+    if joined_world() is None:
+        refuse_machine(recipe, device)
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -111,7 +117,7 @@ def measure(work: RandomSteps, plan: Plan) -> None:
         seconds.append(time.perf_counter() - start)
         recorded.append(spans.last())
     gathered = _gather(recorded)
-    _trace(work, plan, torch.distributed.get_rank())
+    _trace(work, plan, torch.distributed.get_rank(), spans)
     if torch.distributed.get_rank() == 0:
         _write(plan.out / "pipeline.json", json.dumps(_timed(work, seconds, gathered), indent=1) + "\n")
     torch.distributed.barrier()
@@ -186,7 +192,7 @@ def _gather(recorded: list[tuple]) -> list[dict[str, Any]]:
     return everyone
 
 
-def _trace(work: RandomSteps, plan: Plan, rank: int) -> None:
+def _trace(work: RandomSteps, plan: Plan, rank: int, spans: Spans) -> None:
     """As many steps again, under torch.profiler on the chosen ranks; one more warms the profiler up."""
     import torch
 
@@ -204,7 +210,8 @@ def _trace(work: RandomSteps, plan: Plan, rank: int) -> None:
     )
     with named_ranges(work.trainer) if traced else nullcontext(), profiler if traced else nullcontext():
         for _ in range(1 + plan.steps):
-            work.step()
+            with spans.recording():  # which names passes and pairs in the trace
+                work.step()
             if traced:
                 profiler.step()
 

@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from dsv3_cli import main
+from dsv3_train.errors import UserError
 from dsv3_train.pipeline.generate import build
 from dsv3_train.pipeline.operations import Compute, Op
 from dsv3_train.recipe.load import dump
@@ -79,6 +80,14 @@ def test_four_processes_of_dualpipe_draw_their_diagram(tmp_path):
     ]
 
 
+def test_what_this_machine_cannot_run_is_refused(tmp_path):
+    """Before any process starts, and nothing is written."""
+    recipe = tiny(precision={"fp8": "blockwise", "params": "bf16"}, runtime={"device": "auto"})
+    with pytest.raises(UserError, match=r"precision\.fp8: blockwise needs a GPU; set precision\.fp8=none"):
+        profile(recipe, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_expert_is_sent_as_many_tokens(tmp_path):
     recipe = tiny(parallel={"world_size": 2, "expert": 2}, training={"sequence_length": 256})
 
@@ -134,7 +143,8 @@ def test_overlapped_pairs_of_megatrons_interleaved_schedule_are_recorded(tmp_pat
         schedule={"batch_size": 8},
     )
     profile(recipe, tmp_path, "--steps", 1, "--warmup", 1)
-    _, told = report(tmp_path)
+    figures, told = report(tmp_path)
+    assert figures["pairs"]["count"] > 0  # in the trace, by their names
     assert [{"F", "B", "F&B"} == set(rank["ms"]) for one in told for rank in one["ranks"]] == [True] * 4
     assert all(0 < one["simulated_bubble_fraction"] < 1 for one in told)
     known = build("interleaved", 2, 4, 2, pairs=True)
