@@ -186,6 +186,10 @@ def test_gradient_norms_and_validation(base):
     run, _, _ = against(base, [*lines, *more])
     assert run["grad_norm_ratio"] == pytest.approx(1.5)
     assert run["validation"] == {"step": 20, "loss": 4.2, "baseline": 4.0, "difference": pytest.approx(0.05)}
+    seeds = [run_dir(base.parent / key, [*lines, *more], f"{key}=5") for key in ("training.seed", "data.seed")]
+    figures, _ = compare(base, [], seeds)
+    # Of another order of the text, others come first.
+    assert [one["validation"] is None for one in figures["seeds"]] == [False, True]
 
 
 def test_a_model_without_mtp(tmp_path):

@@ -288,6 +288,8 @@ class _Pair:
         common = self.run.validation.keys() & self.baseline.validation.keys()
         a, b = (-(-r.training.eval_sequences // r.batch_multiple) for r in (self.baseline.recipe, self.run.recipe))
         same = a * self.baseline.recipe.batch_multiple == b * self.run.recipe.batch_multiple
+        # The first ones of an order that hangs on data.seed.
+        same = same and self.baseline.recipe.data.seed == self.run.recipe.data.seed
         if not common or not same:
             return None
         step = max(common)
