@@ -70,6 +70,13 @@ def test_flops_of_shapes(operator, dims, expected):
         ("void transformer_engine::normalization::rmsnorm_fwd_tuned_kernel<>", "norm"),
         ("void at::native::elementwise_kernel<128, direct_copy_kernel_cuda(at::Tensor&)::{lambda()#3}>", "elementwise"),
         ("_permute_kernel", "permute and sort"),
+        ("_row_id_map_pass_3_kernel", "permute and sort"),
+        ("element_mul_kernel", "softmax and loss"),
+        (
+            "void at::native::(anonymous namespace)::compute_grad_weight<c10::BFloat16, long>(long const*, ...)",
+            "embedding",
+        ),
+        ("void at::native::(anonymous namespace)::krn_partials_per_segment<long>(long*, long const*)", "embedding"),
         ("my_secret_kernel_17", "unclassified"),
     ],
 )  # fmt: skip

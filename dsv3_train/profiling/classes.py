@@ -101,15 +101,18 @@ KERNELS = (
         r"conv(?!ert)|[sh]cudnn|nchwtonhwc|nhwctonchw|cask_cudnn|cudnn.*(dgrad|wgrad|fprop)|implicit_|winograd|dgrad|wgrad|fprop",
     ),
     _compute("norm", r"norm(?!al)|ln_(fwd|bwd)|\bbn_|gammabeta|rowwisemoments"),
-    _compute("softmax and loss", r"softmax|cross_entropy|nll_loss|logsumexp"),
+    # Transformer Engine's cross entropy multiplies by the gradient of the loss last.
+    _compute("softmax and loss", r"softmax|cross_entropy|nll_loss|logsumexp|^element_mul_kernel"),
     _compute("optimizer", r"adam|multi_tensor|lamb(?!da)|sgd|l2norm"),
     _compute(
         "permute and sort",
         r"permute|unpermute|sort|scatter|gather|index|topk|scan|radix|moe_align|cumsum|expand_to_fused|reduce_fused"
-        r"|fused_mapping|count_expert|topk|nonzero|unique|compact|select",
+        r"|fused_mapping|row_id_map|count_expert|topk|nonzero|unique|compact|select",
     ),
     _compute("route", r"rout(e|er|ing)|histogram|bincount|expert|aux_fi"),
-    _compute("embedding", r"embedding|bounds_check_indices|offsets_range"),
+    _compute(
+        "embedding", r"embedding|bounds_check_indices|offsets_range|compute_grad_weight|krn_partial|partial_segments"
+    ),
     _compute("activation", r"swiglu|silu|gelu|relu|sigmoid|glu_|dropout"),
     _compute("transpose", r"transpose"),
     _compute("reduction", r"reduce|reduction|argmax|\bsum"),
