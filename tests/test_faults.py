@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -262,20 +262,29 @@ def test_signals():
 
 def test_signals_of_a_terminal():
     """Ctrl-C and a closed terminal are the same wish; not for a process that is to outlive it (nohup)."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        with subprocess.Popen([sys.executable, "-c", SIGNALLED, "heed"], stdout=subprocess.PIPE, text=True) as process:
+
+    @contextlib.contextmanager
+    def started(*before: str) -> Iterator[subprocess.Popen]:
+        command = [*before, sys.executable, "-c", SIGNALLED, "heed"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        with subprocess.Popen(command, **pipes, preexec_fn=at_a_terminal) as process:
             assert process.stdout.readline() == "ready\n"
+            yield process
+            process.kill()
+
+    def at_a_terminal() -> None:  # wherever these tests run
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGHUP):
+        with started() as process:
             process.send_signal(number)
             assert process.stdout.readline() == f"{number.name}\n"
-            process.kill()
-    command = ["nohup", sys.executable, "-c", SIGNALLED, "heed"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout.readline() == "ready\n"
+    with started("nohup") as process:
         process.send_signal(signal.SIGHUP)
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "SIGINT\n"
-        process.kill()
 
 
 def test_spikes():
