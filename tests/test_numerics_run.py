@@ -183,7 +183,10 @@ def test_who_stops_takes_the_runs_along(trainer, how):
         "t.train(t.planned(), 2, [], t.quiet())"
     )
     here = str(Path(__file__).parent)
-    process = subprocess.Popen([sys.executable, "-c", code, here, str(trainer / "trainer")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, here, str(trainer / "trainer")],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also where a shell has these tests ignore it
+    )
     await_files(Path("out/none/started"), Path("out/blockwise/started"))
     assert len(runs_of(trainer)) == 2
     process.send_signal(how)
