@@ -9,7 +9,7 @@ from pathlib import Path
 from dsv3_train.errors import UserError
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, content: str | bytes) -> None:
     """Under a temporary name, then renamed; folders are made.
 
     Raises:
@@ -18,7 +18,7 @@ def write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)
     except OSError as error:
         with suppress(OSError):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dsv3_train.errors import UserError
 from dsv3_train.profiling.boxes import coverage, part_of
 from dsv3_train.profiling.colours import EXPOSED, HIDDEN, HOST, IDLE, PLAIN_COMPUTE, colours
 from dsv3_train.profiling.work import Work
+from dsv3_train.whole import write
 
 _COLUMNS = 1200
 _STREAMS, _CLASSES, _RANKS = 10, 14, 32
@@ -125,12 +124,6 @@ def save(figure: Figure, path: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    partial = path.with_name(path.name + ".unfinished")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(partial, format="png", dpi=100)
-        os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise UserError(f"{path}: cannot write ({error.strerror or error})") from None
+    png = BytesIO()
+    figure.savefig(png, format="png", dpi=100)
+    write(path, png.getvalue())
