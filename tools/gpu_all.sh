@@ -36,7 +36,7 @@ fi
 # How much communication hides: alone on the machine. Layers of the report's size on two GPUs, with its options in FP8.
 hidden() {
   local report
-  for sequences in 1 2 4; do
+  for sequences in 1 2; do
     for pairs in false true; do
       report=$out/hidden_${sequences}_$pairs
       CUDA_VISIBLE_DEVICES=0,1 dsv3 profile run dsv3_671b_8xh200 "parallel={world_size: 2, expert: 2}" \

@@ -26,6 +26,12 @@ def wrap_chunks(recipe: Recipe, config: MLATransformerConfig, chunks: list[GPTMo
         check_for_nan_in_grad=False,  # it ends the run; training/guard.py passes the batch over
         delay_wgrad_compute=config.delay_wgrad_compute,
     )
+    if config.transformer_impl == "transformer_engine":
+        # Each micro-batch's weight gradients are added in FP32 as they are computed. Megatron's option for that wants
+        # apex, for its own linears (here the output head); Transformer Engine's need nothing but these wrappers.
+        for layer in (layer for chunk in chunks for layer in chunk.modules()):
+            if hasattr(layer, "fuse_wgrad_accumulation"):
+                layer.fuse_wgrad_accumulation = True
     copies = replicas()
     groups = copies.groups if copies else None
     return [

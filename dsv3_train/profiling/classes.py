@@ -86,7 +86,8 @@ KERNELS = (
     _compute(
         "quantise",
         r"quant|qparam|fp8rowwise|hfp8|cast_to_fp8|cast_and_transpose|cast_transpose|cast_back|per_(token|channel|block)_cast|_to_fp8|fp8_cast"
-        r"|amax|block_?scal.*(cast|transpose)|update_scale|scale_inv|mx_?fp8_cast|(nvte|transformer_engine).*transpose",
+        r"|amax|block_?scal.*(cast|transpose)|update_scale|scale_inv|mx_?fp8_cast|(nvte|transformer_engine).*transpose"
+        r"|^_(en|de)code_e[45]m",
     ),
     _gemm("fp8", r"fp8|e4m3|e5m2|nvjet_(sm\d+_)?[qr]{2}|f8f8|float8"),
     _gemm("bf16", r"bf16|bfloat16|nvjet_(sm\d+_)?t[a-z]t"),
@@ -107,7 +108,7 @@ KERNELS = (
     _compute(
         "permute and sort",
         r"permute|unpermute|sort|scatter|gather|index|topk|scan|radix|moe_align|cumsum|expand_to_fused|reduce_fused"
-        r"|fused_mapping|row_id_map|count_expert|topk|nonzero|unique|compact|select",
+        r"|fused_mapping|row_id_map|count_expert|topk|nonzero|unique|compact|select|multi_(un)?padding",
     ),
     _compute("route", r"rout(e|er|ing)|histogram|bincount|expert|aux_fi"),
     _compute(

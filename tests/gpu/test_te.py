@@ -94,6 +94,39 @@ def test_fp32(on_cpu, tmp_path):
     assert error < 0.15, (error, name)
 
 
+def test_loss_does_not_wait():
+    """Without model/stage.py the host waits for the GPU in TE's backward pass: when it no longer does, that can go."""
+    from megatron.core.extensions.transformer_engine import te_parallel_cross_entropy
+
+    torch.manual_seed(0)
+    logits_sbv = torch.randn(64, 2, 512, device="cuda", dtype=torch.bfloat16)
+    labels_sb, weights_sb = torch.randint(512, (64, 2), device="cuda"), torch.rand(64, 2, device="cuda")
+
+    def gradient(as_ours: bool, at_waiting: str) -> torch.Tensor:
+        leaf = logits_sbv.clone().requires_grad_()
+        loss_sb = te_parallel_cross_entropy(leaf.clone(), labels_sb, None, as_ours)
+        torch.cuda.set_sync_debug_mode(at_waiting)
+        try:
+            loss_sb.backward(weights_sb)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return leaf.grad
+
+    assert torch.equal(gradient(True, "error"), gradient(False, "default"))
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        gradient(False, "error")
+
+
+def test_weight_gradients_are_fp32(tmp_path):
+    """Of one micro-batch too: no product of Transformer Engine's layers passes through BF16."""
+    got = on_gpu(tmp_path, precision={"params": "bf16"}, training={"micro_batch_size": 8})["gradients"]
+    linear = {name: x for name, x in got.items() if ".linear_" in name and x.dim() > 1}
+    assert {name: bool((x != x.bfloat16()).float().mean() > 0.5) for name, x in linear.items()} == dict.fromkeys(
+        linear, True
+    )
+    assert len(linear) > 20
+
+
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
 def test_bf16(on_cpu, tmp_path, moments):
     got = on_gpu(tmp_path, precision={"params": "bf16", "adam_moments": moments}, parallel={"zero1": True})
