@@ -93,16 +93,6 @@ def on_rank(cases: list[Case], options: argparse.Namespace) -> None:
 
     distributed.prepare_import(device, recipe_of(cases[-1], options))
     import torch
-
-    from dsv3_train.model import init
-
-    if device == "cuda":  # billions of weights a rank; they follow from their names there too
-
-        def normal(shape: tuple[int, ...], name: str, std: float) -> torch.Tensor:
-            generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-            return torch.randn(shape, generator=generator, device=device).mul_(std)
-
-        init._normal = normal
     from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
     # One place to meet for all cases: a second at the same port can be missed while the first one closes.
@@ -139,7 +129,7 @@ def run_case(case: Case, recipe: Any, device: str, options: argparse.Namespace, 
     where, leader = options.work / str(case), torch.distributed.get_rank() == 0
     where.mkdir(parents=True, exist_ok=True)
     before = torch.cuda.memory_allocated() / 2**30 if device == "cuda" else 0.0  # what earlier cases left
-    schedules, trainer = Schedules(recipe), assemble(recipe, device)
+    schedules, trainer = Schedules(recipe), assemble(recipe, device, drawn_on=device)
     size = schedules.at(0).batch_size
     data, _ = datasets.build(recipe, options.work / "cache", STEPS * size, 0)
     reader = batches.micro_batches(

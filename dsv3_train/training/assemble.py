@@ -20,13 +20,17 @@ from dsv3_train.training.experts import ExpertLoad
 from dsv3_train.training.step import Trainer, connect
 
 
-def assemble(recipe: Recipe, device: str) -> Trainer:
-    """Model with initial weights, optimizer and counters. Needs Megatron's process groups (runtime/distributed.py)."""
+def assemble(recipe: Recipe, device: str, drawn_on: str = "cpu") -> Trainer:
+    """Model with initial weights, optimizer and counters. Needs Megatron's process groups (runtime/distributed.py).
+
+    Args:
+        drawn_on: see model/init.py.
+    """
     config = megatron_config(recipe, device)
     models = build_chunks(recipe, config)
     for model in models:
         model.to(device)
-        initialize(model, recipe.training.seed, recipe.model.initializer_range)
+        initialize(model, recipe.training.seed, recipe.model.initializer_range, drawn_on)
     load = ExpertLoad(models, recipe.model)
     chunks = wrap_chunks(recipe, config, [in_training_precision(model, config) for model in models])
     executor = None

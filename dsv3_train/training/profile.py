@@ -91,7 +91,7 @@ def _on_rank(recipe: Recipe, device: str, plan: Plan, done: Callable[[], None]) 
     from dsv3_train.training.assemble import assemble
 
     distributed.start(recipe, device)
-    measure(RandomSteps(recipe, device, assemble(recipe, device)), plan)
+    measure(RandomSteps(recipe, device, assemble(recipe, device, drawn_on=device)), plan)
     leader = torch.distributed.get_rank() == 0
     distributed.stop()
     if leader:

@@ -117,8 +117,8 @@ def test_a_sleeping_rank_under_megatrons_schedules_is_named(tmp_path, monkeypatc
 
     plain = assemble.assemble
 
-    def with_a_sleeper(*arguments):
-        trainer = plain(*arguments)
+    def with_a_sleeper(*arguments, **named):
+        trainer = plain(*arguments, **named)
         if torch.distributed.get_rank() == 1:
             for model in trainer.models:
                 model.register_forward_pre_hook(lambda *_: time.sleep(0.08))
