@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from typing import Any
 
 import typer
 
@@ -30,14 +31,29 @@ app.add_typer(profile.app, name="profile")
 app.add_typer(numerics.app, name="numerics")
 
 
+def _one_line(error: Any) -> str:
+    """What Typer would say of a command line in a usage, a hint and a box; nothing where it has printed the help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return ""
+    command = error.ctx.command_path if getattr(error, "ctx", None) else app.info.name
+    said = " ".join(error.format_message().split())
+    return f"{command}: {said[:1].lower()}{said[1:].removesuffix('.')} ({command} --help)\n"
+
+
 def run() -> None:
     """Run the command line; bad input ends in its message alone and exit code 2."""
     code: int | str | None = 0
     try:
-        app()
+        code = app(standalone_mode=False, prog_name="dsv3")
     except SystemExit as ended:
         code = ended.code
+    except typer.Abort:
+        print("aborted", file=sys.stderr)
+        code = 1
     except Exception as error:
+        if hasattr(error, "format_message"):  # Typer's own errors, whose class it does not give away
+            print(_one_line(error), end="", file=sys.stderr)
+            sys.exit(2)
         from dsv3_train.runtime.launch import report_to_parent
 
         trace = traceback.format_exc().rstrip()

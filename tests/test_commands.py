@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv3_cli import main
 from dsv3_train.training import rundir
 
 SMALL = [
@@ -161,6 +162,23 @@ def test_a_second_run_in_the_same_directory(trained, tmp_path):
     done = dsv3("train", "smoke_parallel", *SMALL, *longer, cwd=tmp_path, check=False)
     refused(done, f"runs/smoke_parallel: in use by process {os.getpid()} on ", "set another runtime.run_dir")
     assert files() == before
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("trian", "dsv3: no such command 'trian'. Did you mean 'train'? (dsv3 --help)\n"),
+        ("train smoke --foo", "dsv3 train: no such option: --foo (dsv3 train --help)\n"),
+        ("slurm submit", "dsv3 slurm submit: missing argument 'recipe' (dsv3 slurm submit --help)\n"),
+        ("profile", ""),  # its help
+    ],
+)
+def test_a_wrong_command_line_is_one_line(command, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dsv3", *command.split()])
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == said
 
 
 def test_data_that_is_not_there(tmp_path):

@@ -348,7 +348,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/gpu_schedules"), help="data, traces, checkpoints")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--micro-batch-size", type=int, default=1, help="sequences; launches weigh less with more")
+    parser.add_argument(
+        "--micro-batch-size", type=int, default=2, help="sequences; of one, launches weigh more than kernels"
+    )
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     parser.add_argument("--parts", nargs="+", choices=("schedules", "elastic"), default=["schedules", "elastic"])
     options = parser.parse_args()
