@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsv3_train.checkpoint import checksums
 from dsv3_train.errors import UserError
@@ -28,6 +29,7 @@ from dsv3_train.runtime.heartbeat import Beat
 from dsv3_train.runtime.launch import ATTEMPT, Restarts, launch
 from dsv3_train.runtime.watchdog import Watchdog, blame
 from dsv3_train.training import rundir
+from dsv3_train.training.machine import told_when_full
 from dsv3_train.training.skips import Skip, Skips
 from dsv3_train.training.spikes import Spikes
 
@@ -357,3 +359,20 @@ def test_why_saves_do_not_go_through_megatron():
     written, told = finalize.index("storage_writer.finish"), finalize.index("distributed.broadcast(")
     assert written < told  # rank 0 fails to write the table of contents ...
     assert "try:" not in finalize  # ... and the others wait for its word for ever
+
+
+def test_a_full_gpu_is_refused_unless_a_step_has_fitted():
+    full = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139.81 GiB of which 1.06 GiB is "
+        "free. Of the allocated memory 137.00 GiB is allocated by PyTorch. See documentation for Memory Management"
+    )
+    recipe = load("dsv3_tiny", ["training.recompute=[moe_act]"])
+    with pytest.raises(UserError) as told, told_when_full(recipe):
+        raise full
+    assert str(told.value) == (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139.81 GiB of which 1.06 GiB is "
+        "free. To ask for less: training.micro_batch_size=1, training.recompute=[moe_act, layernorm, mla_up_proj], "
+        "more of parallel.pipeline or parallel.expert (dsv3 train ... --dry-run counts it)"
+    )
+    with pytest.raises(torch.OutOfMemoryError), told_when_full(recipe, lambda: True):
+        raise full

@@ -24,7 +24,7 @@ from dsv3_train.runtime.launch import ATTEMPT, Restarts, joined_world, launch
 from dsv3_train.runtime.rendezvous import Absent
 from dsv3_train.runtime.signals import StopRequest
 from dsv3_train.runtime.watchdog import Watchdog
-from dsv3_train.training.machine import refuse_machine
+from dsv3_train.training.machine import refuse_machine, told_when_full
 from dsv3_train.training.rundir import hold, write_state
 from dsv3_train.training.startup import Startup
 
@@ -141,14 +141,17 @@ def _train_on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) 
     elif joined:
         _wait_for_data(recipe)
     torch.distributed.barrier()
-    run = Run(recipe, run_dir, device, startup, notes, stop)
+    with told_when_full(recipe):
+        run = Run(recipe, run_dir, device, startup, notes, stop)
+    first = run.position.step
     watchdog = Watchdog(beat, run_dir, recipe.parallel.world_size, recipe.faults.hang_seconds)
     if recipe.faults.hang_seconds:
         watchdog.start()
     stop.heed()
     preempted = None
     try:
-        run.train()
+        with told_when_full(recipe, lambda: run.position.step > first):
+            run.train()
     except SystemExit as ended:
         if ended.code != PREEMPTED:
             raise

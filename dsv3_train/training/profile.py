@@ -18,7 +18,7 @@ from dsv3_train.recipe.ready import refuse_unready
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import distributed
 from dsv3_train.runtime.launch import joined_world, launch
-from dsv3_train.training.machine import refuse_machine
+from dsv3_train.training.machine import refuse_machine, told_when_full
 
 if TYPE_CHECKING:
     from dsv3_train.profiling.spans import Spans
@@ -91,7 +91,8 @@ def _on_rank(recipe: Recipe, device: str, plan: Plan, done: Callable[[], None]) 
     from dsv3_train.training.assemble import assemble
 
     distributed.start(recipe, device)
-    measure(RandomSteps(recipe, device, assemble(recipe, device, drawn_on=device)), plan)
+    with told_when_full(recipe):
+        measure(RandomSteps(recipe, device, assemble(recipe, device, drawn_on=device)), plan)
     leader = torch.distributed.get_rank() == 0
     distributed.stop()
     if leader:
