@@ -173,7 +173,7 @@ def test_a_file_that_is_not_ours_is_told_in_one_line(tmp_path, ranks):
         "from dsv3_cli import main\n"
         "from dsv3_train.runtime.launch import launch\n"
         "def fail(): raise PermissionError(13, 'Permission denied', 'runs/theirs')\n"
-        f"main.app = lambda: launch(fail, {ranks}, 'cpu')\n"
+        f"main.app = lambda **_: launch(fail, {ranks}, 'cpu')\n"
         "main.run()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
@@ -192,7 +192,7 @@ def test_the_end_with_live_process_groups(tmp_path):
         "    print('some output', end='')\n"
         "    raise UserError('file: key: fix')\n"
         "atexit.register(print, 'the end of the interpreter')\n"
-        "main.app = fail\n"
+        "main.app = lambda **_: fail()\n"
         "main.run()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from dsv3_train.optim.adamw import AdamW
+from dsv3_train.optim.schedules import Values
+from parity import assembled, batch, tiny
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -48,6 +50,33 @@ def test_master_weights_keep_what_bf16_parameters_lose():
     # One update of 1e-4 is under BF16's spacing at 1; a hundred are not.
     torch.testing.assert_close(optimizer.state[param]["master_param"], torch.full((8,), 0.99), rtol=1e-5, atol=0)
     assert param[0] == torch.tensor(0.99, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_a_run_that_goes_back_to_weights_begins_anew(moments):
+    """After a spike before the first checkpoint: no moment, step count or FP32 master of before is left."""
+    recipe = tiny(precision={"params": "bf16", "adam_moments": moments}, parallel={"zero1": True})
+    values = Values(lr=1e-2, batch_size=8, mtp_weight=0.3, bias_update_speed=0.0)
+    with assembled(recipe) as trainer:
+        from dsv3_train.checkpoint.load import begin_from_weights
+        from dsv3_train.training.step import forward_backward, update
+
+        parameters = list(trainer.models[0].parameters())
+        begin = [parameter.detach().clone() for parameter in parameters]
+
+        def step(number: int) -> list[torch.Tensor]:
+            forward_backward(trainer, values, [batch(recipe, number, i) for i in range(8)], 8)
+            update(trainer, values)
+            return [parameter.detach().clone() for parameter in parameters]
+
+        first, *_ = step(0), step(1), step(2)
+        with torch.no_grad():
+            for parameter, weights in zip(parameters, begin, strict=True):
+                parameter.copy_(weights)
+        begin_from_weights(trainer.optimizer, None)
+        again = step(0)
+    assert not torch.equal(first[0], begin[0])
+    assert [index for index, (a, b) in enumerate(zip(again, first, strict=True)) if not torch.equal(a, b)] == []
 
 
 def test_coupled_weight_decay_is_refused():

@@ -313,6 +313,18 @@ CASES = {
         "parallel.zero1=true",
         ["precision.adam_moments=fp32"],
     ),
+    "a moment that BF16 cannot follow": (
+        ["optim.beta2=0.999"],
+        "optim.beta2",
+        "set precision.adam_moments=fp32",
+        ["precision.adam_moments=fp32"],
+    ),
+    "an average of FP8": (
+        ["precision={fp8: blockwise, params: bf16, fp8_params: true}", "optim.ema_decay=0.9", "runtime.device=cuda"],
+        "optim.ema_decay",
+        "rounded to FP8",
+        ["optim.ema_decay=null"],
+    ),
     "tokenizer": (
         ["data.prepare={inputs: [a], output: b, vocab_size: 129}"],
         "data.prepare.vocab_size",

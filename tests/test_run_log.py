@@ -250,6 +250,7 @@ def test_a_run_that_fails_in_a_terminal_gives_the_cursor_back(tmp_path):
         ("NVIDIA A100 80GB PCIe", 312),
         ("NVIDIA B200", 2250),
         ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA GB200", None),
         ("NVIDIA GeForce RTX 4090", None),
     ],

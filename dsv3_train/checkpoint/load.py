@@ -109,6 +109,7 @@ def load_training(
     """
     common = _common(path)
     if "optimizer" not in common:  # weights alone, as `dsv3 convert from-hf` leaves them
+        refuse_rounded_masters(recipe, path)
         load_weights(path, chunks)
         return Position(), Guarded(), begin_from_weights(optimizer, ema)
     notes = []
@@ -139,10 +140,29 @@ def load_training(
 
 def begin_from_weights(optimizer: MegatronOptimizer, ema: ParameterEma | None) -> list[str]:
     """Let optimizer and average take up the weights that were put into the model; returns what to say of it."""
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        # Of a run that goes back to where it began: moments, step count, and with BF16 moments masters too, which
+        # Megatron's `reload_model_params` leaves as they are.
+        one.optimizer.state.clear()
+        for group in one.optimizer.param_groups:
+            group.pop("step", None)
     optimizer.reload_model_params()
     if ema is not None:
         ema.restart()
     return ["weights alone were loaded: optimizer and schedules begin afresh"]
+
+
+def refuse_rounded_masters(recipe: Recipe, path: Path) -> None:
+    """Refuse weights alone where the model has none but FP8's: the optimizer's masters would begin with their rounding.
+
+    Raises:
+        UserError: names the key.
+    """
+    if recipe.precision.fp8_params:
+        raise UserError(
+            f"{path}: holds weights alone, which precision.fp8_params would round before the optimizer's FP32 masters "
+            "take them up; set precision.fp8_params=false"
+        )
 
 
 def load_weights(path: Path, chunks: list[GPTModel]) -> Position:

@@ -9,7 +9,7 @@ from pathlib import Path
 from dsv3_train.checkpoint.directory import complete, resolve
 from dsv3_train.checkpoint.hf.fill import load_published
 from dsv3_train.checkpoint.hf.origin import PREFIX
-from dsv3_train.checkpoint.load import begin_from_weights, load_training, newest, refuse_damaged
+from dsv3_train.checkpoint.load import begin_from_weights, load_training, newest, refuse_damaged, refuse_rounded_masters
 from dsv3_train.checkpoint.state import Position
 from dsv3_train.errors import UserError
 from dsv3_train.optim.ema import ParameterEma
@@ -79,5 +79,6 @@ class Resume:
 
     def _published(self, path: Path) -> list[str]:
         """Begin from the weights of a Hugging Face directory."""
+        refuse_rounded_masters(self.recipe, path)
         notes = load_published(path, self.recipe, self.trainer.models)
         return [f"began from {path}", *notes, *begin_from_weights(self.trainer.optimizer, self.ema)]

@@ -22,7 +22,7 @@ CONVENTION = (
 def peak_bf16_tflops(gpu_name: str) -> float | None:
     """Dense BF16 TFLOPS of a GPU by the name that its driver gives, as `NVIDIA H100 80GB HBM3`; None if not known."""
     words = set(re.split(r"[ -]", gpu_name))
-    if words & {"H100", "H200", "H800"} and words & {"PCIe", "NVL"}:  # slower parts of the same name
+    if "MIG" in words or (words & {"H100", "H200", "H800"} and words & {"PCIe", "NVL"}):  # slices; slower parts
         return None
     return next((peak for part, peak in _PEAK_BF16_TFLOPS.items() if part in words), None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,32 @@ def test_loss_does_not_wait():
     assert torch.equal(gradient(True, "error"), gradient(False, "default"))
     with pytest.raises(RuntimeError, match="synchronizing"):
         gradient(False, "error")
+
+
+def test_loss_of_confident_tokens():
+    """Without FP32 logits, in model/stage.py, Transformer Engine's gradient of what is likely is rounding."""
+    from megatron.core.extensions.transformer_engine import te_parallel_cross_entropy
+
+    torch.manual_seed(0)
+    logits_sbv = torch.randn(64, 2, 512, device="cuda")
+    labels_sb = torch.randint(512, (64, 2), device="cuda")
+    logits_sbv.scatter_add_(2, labels_sb[..., None], torch.full((64, 2, 1), 13.0, device="cuda"))
+    logits_sbv = logits_sbv.bfloat16()
+
+    def gradient(loss: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        leaf = logits_sbv.clone().requires_grad_()
+        loss(leaf).sum().backward()
+        return leaf.grad.float()
+
+    exact = gradient(
+        lambda x: torch.nn.functional.cross_entropy(x.float().flatten(0, 1), labels_sb.flatten(), reduction="none")
+    )
+    ours = gradient(lambda x: te_parallel_cross_entropy(x.float(), labels_sb, None, True))
+    theirs = gradient(lambda x: te_parallel_cross_entropy(x.clone(), labels_sb, None, True))
+    off = [float((found - exact).norm() / exact.norm()) for found in (ours, theirs)]
+    print("gradient of likely labels off by", off)
+    assert off[0] < 4e-3
+    assert off[1] > 0.1
 
 
 def test_weight_gradients_are_fp32(tmp_path):
