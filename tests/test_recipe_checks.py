@@ -313,6 +313,12 @@ CASES = {
         "parallel.zero1=true",
         ["precision.adam_moments=fp32"],
     ),
+    "steps computed twice": (
+        ["faults.rerun_interval=5", "runtime.device=auto"],
+        "faults.rerun_interval",
+        "needs runtime.deterministic=true on GPUs",
+        ["runtime.device=cpu"],
+    ),
     "a moment that BF16 cannot follow": (
         ["optim.beta2=0.999"],
         "optim.beta2",

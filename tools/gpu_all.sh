@@ -77,7 +77,11 @@ if wanted two; then # tiny models, mostly imports
   part two_dispatch tests tests/gpu/test_two_gpus.py -k fp8_dispatch &
 fi
 most=$((gpus >= 8 ? 8 : gpus >= 4 ? 4 : 2))
-schedules() { part "$1" python3 tools/gpu_schedules.py --gpus $most --out "$out/schedules" --minutes "$2" --parts "$1"; }
+sequences=$(($(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1) >= 100000 ? 2 : 1)) # MiB
+schedules() {
+  part "$1" python3 tools/gpu_schedules.py --gpus $most --out "$out/schedules" --minutes "$2" --parts "$1" \
+    --micro-batch-size $sequences
+}
 alone() { CUDA_VISIBLE_DEVICES=$last part "$@"; }
 wanted tests && alone tests tests tests/gpu
 wanted tiny && alone tiny bash tools/gpu_tiny.sh "$out" 110 50

@@ -25,7 +25,7 @@ LAYOUTS = {8: ((4, 2), (2, 4)), 4: ((4, 1), (2, 2)), 2: ((2, 1), (1, 2))}
 
 
 def change_layout(options: argparse.Namespace) -> dict[str, Any]:
-    """Losses before and after; seconds from the kill to the next step."""
+    """Losses before and after; seconds from the kill to the first step that had not been done before it."""
     from dsv3_train.runtime import heartbeat
 
     first, second = (options.work / name for name in ("before", "after"))
@@ -37,17 +37,20 @@ def change_layout(options: argparse.Namespace) -> dict[str, Any]:
     run = train(options, second, after, ["checkpoint.interval=1", f"checkpoint.load={begin}"])
     until(run, options, lambda: 6 in losses(second) and (second / "checkpoints" / "step_00000005").is_dir())
     ranks = [heartbeat.read(second / "heartbeats" / str(rank)) for rank in range(options.gpus)]
-    children = {child.pid for child in psutil.Process(run.pid).children()}
-    os.kill(next(beat.process for beat in ranks if beat and beat.process in children), signal.SIGKILL)
-    killed, lines = time.monotonic(), len((second / "metrics.jsonl").read_bytes().splitlines())
-    until(run, options, lambda: len((second / "metrics.jsonl").read_bytes().splitlines()) > lines)
+    children = {child.pid for child in psutil.Process(run.pid).children()} if run.poll() is None else set()
+    victims = [beat.process for beat in ranks if beat and beat.process in children]
+    if not victims:
+        raise SystemExit(f"{second}: over before a rank could be killed; see {second}.log")
+    os.kill(victims[0], signal.SIGKILL)
+    killed, reached = time.monotonic(), max(losses(second))
+    until(run, options, lambda: max(losses(second), default=0) > reached)
     seconds = time.monotonic() - killed
     wait(run, options)
     incidents = [json.loads(line)["text"] for line in (second / "incidents.jsonl").read_text().splitlines()]
     return {
         "before": {"pipeline, expert": before, "losses": losses(first)},
         "after": {"pipeline, expert": after, "losses": losses(second), "incidents": incidents},
-        "seconds_from_kill_to_step": seconds,
+        "seconds_from_kill_to_new_step": seconds,
     }
 
 
@@ -61,6 +64,7 @@ def train(options: argparse.Namespace, run_dir: Path, layout: tuple[int, int], m
         "training.duration=8 steps",
         "training.eval_interval=0",
         "schedule.batch_size=16",
+        "training.micro_batch_size=1",  # several micro-batches for each pipeline of any layout
         "faults.hang_seconds=120",
         f"runtime.run_dir={run_dir}",
         f"data.prepare.output={options.work / 'data' / recipe}",

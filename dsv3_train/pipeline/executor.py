@@ -89,6 +89,7 @@ class Executor:
             collect_non_loss_data=collect_non_loss_data,
         )
         run.execute()
+        run.pairs = None  # or the two would keep each other, and the step's tokens, until Python collects
         if not forward_only and config.finalize_model_grads_func is not None:
             tokens = None
             if config.calculate_per_token_loss:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -12,6 +13,7 @@ import torch
 
 from dsv3_train.profiling.spans import Spans
 from dsv3_train.recipe.schema import Recipe
+from dsv3_train.runtime import heartbeat
 
 _STRAGGLES = 1.2
 """Times the median rank's computing: from here on the slowest rank is a straggler."""
@@ -90,7 +92,6 @@ class Watch:
 
     def _analysed(self, profiler: torch.profiler.profile, step: int) -> dict[str, Any]:
         """Keep the trace, and what it says; a run goes on if that fails."""
-        from dsv3_train.errors import UserError
         from dsv3_train.profiling.classes import table
         from dsv3_train.profiling.ranges import window
         from dsv3_train.profiling.trace import read
@@ -100,10 +101,12 @@ class Watch:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             unfinished = path.with_name(f"unfinished-{path.name}")
+            heartbeat.mark("writing and reading a trace")
             profiler.export_chrome_trace(str(unfinished))
             os.replace(unfinished, path)
             work = works([read(path)], table())[0]
-        except (OSError, UserError):  # a full disk
+        except Exception as error:  # a full disk, a trace too large for the memory
+            warnings.warn(f"step {step}: no trace ({type(error).__name__}: {error})", stacklevel=2)
             return {}
         parts = window(work, work.first, work.last)
         return {

@@ -304,7 +304,7 @@ def _faults(recipe: Recipe) -> Faults:
         first, last = map(int, text.split("-"))
         if last < first:
             yield f"faults.skip_samples.{index}", f"{text} ends before it begins; write {last}-{first}"
-    if faults.rerun_interval and recipe.runtime.device == "cuda" and not recipe.runtime.deterministic:
+    if faults.rerun_interval and recipe.runtime.device != "cpu" and not recipe.runtime.deterministic:
         yield (
             "faults.rerun_interval",
             "needs runtime.deterministic=true on GPUs, where the same step gives other bits otherwise; set that, or 0",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
 import torch
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dsv3_train.runtime import heartbeat
@@ -17,7 +18,9 @@ from dsv3_train.training.step import Trainer
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over a tensor's bits, an int64 scalar: any single flipped bit changes it."""
+    """Sum over a tensor's bits, an int64 scalar: any single flipped bit changes it. Of an FP8 weight: its values'."""
+    if is_float8tensor(tensor):  # it has no flat view, and nobody sets the padding of its scales
+        tensor = dequantize_fp8_tensor(tensor)
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.view(torch.int32 if flat.element_size() == 4 else torch.int16).sum(dtype=torch.int64)
 

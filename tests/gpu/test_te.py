@@ -181,6 +181,21 @@ def test_fp8_weights(on_cpu, tmp_path):
     torch.testing.assert_close(got["losses"], on_cpu["losses"], rtol=5e-2, atol=0)
 
 
+def test_bits_of_fp8_weights():
+    """A flipped bit of an FP8 weight is seen where replicas are compared (training/integrity.py)."""
+    import transformer_engine.pytorch as te
+    from transformer_engine.common.recipe import Float8BlockScaling
+
+    from dsv3_train.training.integrity import bits
+
+    with te.fp8_model_init(enabled=True, recipe=Float8BlockScaling()):
+        weight = te.Linear(256, 384, bias=False, device="cuda", params_dtype=torch.bfloat16).weight
+    before = bits(weight)
+    assert torch.equal(bits(weight), before)
+    weight._rowwise_data.view(-1)[12345] ^= 1
+    assert not torch.equal(bits(weight), before)
+
+
 def test_activations_in_few_bits(tmp_path):
     """Dispatch and caches beside FP8 linears: the forward pass is that of dispatch alone, gradients are close."""
     dispatch = {"params": "bf16", "fp8": "blockwise", "fp8_dispatch": True}
