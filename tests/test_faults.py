@@ -258,8 +258,22 @@ def test_signals():
     assert process.stdout.readline() in ("SIGUSR1\n", "SIGTERM\n")
     time.sleep(1.2)
     assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 128 + signal.SIGTERM
+    process.send_signal(signal.SIGTERM)  # at the limit, as at the lead time before it: SLURM is not impatient
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 128 + signal.SIGINT
+
+
+def test_a_file_system_that_fails_ends_no_heartbeat(tmp_path, monkeypatch):
+    def failing(file: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", failing)
+    beat = heartbeat.Heartbeat(tmp_path, 0)
+    beat.mark("forward", 3)
+    beat.beat(True, "here")
+    assert heartbeat.read(tmp_path / "0").operation == "forward"
 
 
 def test_signals_of_a_terminal():

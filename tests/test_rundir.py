@@ -90,6 +90,16 @@ def test_a_machine_without_git(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "environment.json").read_text())["commit"] is None
 
 
+def test_what_was_cut_short_is_swept(tmp_path):
+    """A save or a deletion under a KILL: no later save could ever need its space."""
+    for name in ("step_00000010", "step_00000015.unfinished", "step_00000020", "step_00000020.damaged"):
+        (tmp_path / name).mkdir()
+    for step in (10, 20):
+        (directory.step_path(tmp_path, step) / "metadata.json").touch()
+    directory.prune(tmp_path, keep_last=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000020", "step_00000020.damaged"]
+
+
 def test_of_damaged_checkpoints_the_newest_two_stay(tmp_path):
     """A disk that damages one after the other is not filled by what was set aside."""
     for step in (10, 30, 20, 40):

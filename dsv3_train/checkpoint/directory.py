@@ -71,6 +71,13 @@ def prune(root: Path, keep_last: int) -> None:
         _delete(path)
     for left in root.glob(f"step_*{_REPLACED}"):
         shutil.rmtree(left)
+    sweep(root)
+
+
+def sweep(root: Path) -> None:
+    """Delete what saves and deletions left that were cut short. Not while a save is under way."""
+    for left in root.glob(f"step_*{UNFINISHED}"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def finish(unfinished: Path, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dsv3_train.checkpoint import checksums
-from dsv3_train.checkpoint.directory import DAMAGED, check_safe, complete, damaged, set_aside
+from dsv3_train.checkpoint.directory import DAMAGED, check_safe, complete, damaged, set_aside, sweep
 from dsv3_train.checkpoint.state import (
     Guarded,
     Position,
@@ -30,6 +31,8 @@ from dsv3_train.checkpoint.state import (
 from dsv3_train.errors import UserError
 from dsv3_train.optim.ema import ParameterEma
 from dsv3_train.recipe.schema import Recipe
+from dsv3_train.runtime import heartbeat
+from dsv3_train.runtime.rendezvous import Absent
 
 
 def newest(
@@ -47,22 +50,25 @@ def newest(
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
+        Absent: on every rank: a machine cannot read one.
     """
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank = torch.distributed.get_rank()
     listed: list[Any] = [(complete(root)[::-1], damaged(root)) if rank == 0 else None]
     torch.distributed.broadcast_object_list(listed)
     paths, faults = listed[0]
     passed_over = False
+    if rank == 0:
+        sweep(root)
     for path in paths:
-        fault = checksums.fault(path, (rank, world), demanded=True) if verify else None
+        fault, reason = _verified(path) if verify else None, None
         if rank == 0 and fault is None:
             try:
                 reason = usable(_common(path))
             except UserError as error:
-                fault, reason = str(error), None
-        found: list[Any] = [None] * world
-        torch.distributed.all_gather_object(found, (fault, reason if rank == 0 and fault is None else None))
-        fault, reason = next((fault for fault, _ in found if fault), None), found[0][1]
+                fault = str(error)
+        told_by_first: list[Any] = [(fault, reason)]
+        torch.distributed.broadcast_object_list(told_by_first)
+        fault, reason = told_by_first[0]
         if fault is None and reason is None:
             return path
         if fault is None:
@@ -86,12 +92,47 @@ def refuse_damaged(path: Path) -> None:
 
     Raises:
         UserError: on every rank: one of them is not what was written.
+        Absent: on every rank: a machine cannot read it.
     """
-    world = torch.distributed.get_world_size()
-    found: list[Any] = [None] * world
-    torch.distributed.all_gather_object(found, checksums.fault(path, (torch.distributed.get_rank(), world)))
-    if fault := next(filter(None, found), None):
+    if fault := _verified(path, demanded=False):
         raise UserError(f"{path}: the checkpoint is damaged ({fault}); give another")
+
+
+def _verified(path: Path, demanded: bool = True) -> str | None:
+    """What is wrong with a checkpoint, the same on every rank; its files are divided among them. Collective.
+
+    A wrong file has been read by two ranks, of two machines where there are more: one machine's memory, network or
+    mount must not condemn what is whole.
+
+    Raises:
+        Absent: on every rank: one machine cannot read the files, or reads them otherwise than another.
+    """
+    rank, world, host = torch.distributed.get_rank(), torch.distributed.get_world_size(), platform.node()
+
+    def read(share: int) -> tuple[str | None, str | None]:
+        try:
+            return checksums.fault(path, (share, world), demanded), None
+        except OSError as error:
+            return None, f"rank {rank} on {host} cannot read {error.filename or path} ({error.strerror})"
+
+    found: list[Any] = [None] * world
+    torch.distributed.all_gather_object(found, (host, *read(rank)))
+    if unreadable := next((text for _, _, text in found if text), None):
+        raise Absent(f"{unreadable}: nothing is wrong with the checkpoint for that; mend it, and start again")
+    finder = next((number for number, (_, fault, _) in enumerate(found) if fault), None)
+    if finder is None:
+        return None
+    where, fault, _ = found[finder]
+    others = [number for number in range(world) if number != finder] or [finder]
+    second = next((number for number in others if found[number][0] != where), others[0])
+    opinion: list[Any] = [read(finder) if rank == second else None]
+    torch.distributed.broadcast_object_list(opinion, src=second)
+    if opinion[0][0] is None:
+        raise Absent(
+            f"{path}: rank {finder} on {where} finds {fault}, and rank {second} on {found[second][0]} does not: one of "
+            "the two machines reads wrongly; leave it out, and start again"
+        )
+    return fault
 
 
 def load_training(
@@ -203,12 +244,17 @@ def _load(path: Path, state: dict, saved: dict[str, ShardedTensor]) -> dict:
     if faults:
         more = f" (and {len(faults) - 1} more differences)" if len(faults) > 1 else ""
         raise UserError(f"{path}: a checkpoint of another model: {faults[0]}{more}; check the recipe's model section")
+    heartbeat.mark(f"loading of {path.name}")
     try:
         return dist_checkpointing.load(state, str(path))
+    except torch.OutOfMemoryError:  # a RuntimeError too, and nothing that the checkpoint can help
+        raise
     except (CheckpointException, CheckpointingException, OSError, EOFError, RuntimeError) as error:
         # torch collects what each rank met; its own text is all their tracebacks.
         causes = getattr(error, "failures", {0: (error,)})
         cause = next(iter(causes.values()))[0]
+        if isinstance(cause, torch.OutOfMemoryError):
+            raise cause from None
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())
         raise UserError(
             f"{path}: the checkpoint is damaged ({reason}); remove it to resume from an earlier one"

@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from dsv3_train.checkpoint import checksums
 from dsv3_train.checkpoint.directory import UNFINISHED, finish, prune, step_path
+from dsv3_train.runtime import heartbeat
 from dsv3_train.runtime.launch import die_with_parent
 
 logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
@@ -165,7 +166,13 @@ class CheckpointWriter:
         assert save is not None
         if save.written is not None or save.pipe is None or save.process is None:
             return
-        if not save.pipe.poll(seconds):
+        done = save.pipe.poll(0 if seconds is None else seconds)
+        before = None
+        while not done and seconds is None:  # at the end of a run, or where a save meets the one before it
+            if (now := _read_and_written(save.process)) != before:  # a disk that stands still is a hang
+                heartbeat.mark("waiting for the checkpoint's writer")
+            before, done = now, save.pipe.poll(1.0)
+        if not done:
             return
         try:
             save.written = save.pipe.recv()
@@ -216,6 +223,14 @@ class CheckpointWriter:
             shutil.rmtree(unfinished, ignore_errors=True)
         self._failed(step, f"rank {rank}: {reason}")
         return True
+
+
+def _read_and_written(process: multiprocessing.Process) -> str:
+    """What Linux has counted of a process's input and output; empty where it does not say."""
+    try:
+        return Path(f"/proc/{process.pid}/io").read_text()
+    except OSError:
+        return ""
 
 
 def _write(directory: Path, transforms: Any, buckets: list, common: dict | None) -> _Written:

@@ -6,6 +6,7 @@ alive at all. The file is mapped into memory: what a rank did last can be read w
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import platform
@@ -52,14 +53,16 @@ class Heartbeat:
         """Start at step 0. Without a directory, or where that cannot be written, only this process sees it."""
         self.rank, self.step, self.operation, self.marks, self.since = rank, 0, "start", 0, time.time()
         self._host = platform.node().encode()
-        self._map = mmap.mmap(-1, _SIZE)
+        self.began = time.monotonic()
+        """When the last mark was made, by a clock that nobody sets."""
+        self._map, self._file = mmap.mmap(-1, _SIZE), -1
         if directory is not None:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
                 path = directory / str(rank)
                 path.write_bytes(bytes(_SIZE))  # space that is there: a full disk must not end a later write to memory
-                with path.open("r+b") as file:
-                    self._map = mmap.mmap(file.fileno(), _SIZE)
+                file = os.open(path, os.O_RDWR)
+                self._map, self._file = mmap.mmap(file, _SIZE), file
             except OSError:
                 pass
         self.mark("start")
@@ -69,7 +72,7 @@ class Heartbeat:
         """The main thread begins `operation`."""
         if step is not None:
             self.step = step
-        self.operation, self.since = operation, time.time()
+        self.operation, self.since, self.began = operation, time.time(), time.monotonic()
         self.marks += 1
         _MARK.pack_into(self._map, 0, self.marks, self.since, self.step, operation.encode()[:112])
 
@@ -78,7 +81,10 @@ class Heartbeat:
         _BEAT.pack_into(
             self._map, _MARK.size, time.time(), self.rank, os.getpid(), waiting, self._host[:64], where.encode()[:136]
         )
-        self._map.flush()
+        if self._file >= 0:
+            # Not `mmap.flush`, which keeps Python's lock, and so training, until a shared file system has answered.
+            with contextlib.suppress(OSError):  # nobody else sees this beat; the next one may be seen
+                os.fsync(self._file)
 
 
 def read(path: Path) -> Beat | None:

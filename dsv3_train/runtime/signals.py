@@ -1,4 +1,4 @@
-"""TERM, USR1, INT, HUP: a wish to stop, noted at once, granted at the end of a step; a second one ends the process."""
+"""TERM, USR1, INT, HUP: a wish to stop, noted at once, granted at the end of a step; a second INT ends the process."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ class StopRequest:
                     os._exit(PREEMPTED)
                 if self.name is None:
                     self.name, self._since = signal.Signals(number).name, time.monotonic()
-                elif time.monotonic() - self._since > _SAME:
+                elif number == signal.SIGINT and time.monotonic() - self._since > _SAME:
+                    # Somebody is impatient. A scheduler that asks again (TERM at a lead time, and at the limit) is not:
+                    # what it does next is SIGKILL, and until then a save may end.
                     os._exit(128 + number)
 
 

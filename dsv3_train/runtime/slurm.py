@@ -118,12 +118,13 @@ def script(job: Job, cluster: Cluster) -> str:
             "# On each node's own disk: compilers of many nodes must not write to one place.",
             _default("TRITON_CACHE_DIR", '"/tmp/triton-$SLURM_JOB_USER-$SLURM_JOB_ID"'),
         ]
+    meeting = {"MASTER_ADDR": "\"${nodes%%$'\\n'*}\"", "MASTER_PORT": "$((20000 + SLURM_JOB_ID % 20000))"}
     lines += [
         "",
         "# Ranks come from SLURM (one task per GPU), the meeting place from here.",
         'nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
-        _default("MASTER_ADDR", "\"${nodes%%$'\\n'*}\""),
-        _default("MASTER_PORT", "$((20000 + SLURM_JOB_ID % 20000))"),
+        "unset RANK LOCAL_RANK WORLD_SIZE # of the shell that submitted, should it belong to another run",
+        *(f"export {name}={value}" for name, value in meeting.items() if name not in cluster.environment),
         "",
         "# TERM is for the ranks, which save and end; this shell waits for them.",
         "trap : TERM USR1",

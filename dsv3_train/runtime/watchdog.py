@@ -33,7 +33,7 @@ class Watchdog:
 
     def __init__(self, heartbeat: Heartbeat, run_dir: Path, world_size: int, limit: float) -> None:
         self._heartbeat, self._run_dir, self._world_size, self._limit = heartbeat, run_dir, world_size, limit
-        self._tick = min(max(limit / 10, 0.1), 5.0)
+        self._tick = min(max(limit / 10, 0.1), 15.0)
         self._main = threading.get_ident()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -54,7 +54,7 @@ class Watchdog:
         while not self._stopped.wait(self._tick):
             faulthandler.dump_traceback_later(2 * self._limit, exit=True)
             self._heartbeat.beat(*_place(sys._current_frames().get(self._main)))
-            if time.time() - self._heartbeat.since > self._limit:
+            if time.monotonic() - self._heartbeat.began > self._limit:
                 self._end()
 
     def _end(self) -> None:

@@ -131,7 +131,8 @@ def _train_on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) 
     notes = preflight_run.join(recipe, device, run_dir)
     startup.mark("process groups")
     beat = heartbeat.start(run_dir / "heartbeats", torch.distributed.get_rank())
-    if torch.distributed.get_rank() == 0:
+    leader = torch.distributed.get_rank() == 0
+    if leader:
         if joined:
             _ready_data(recipe)
         notes += open_run_dir(run_dir, recipe, dump(recipe), topology(recipe))
@@ -163,6 +164,9 @@ def _train_on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) 
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for child in multiprocessing.active_children():
             child.kill()
+    if leader:  # before any rank ends: srun kills the others soon after the first
+        write_state(run_dir, "preempted" if preempted else "finished")
+    torch.distributed.barrier()
     distributed.stop()
     if preempted:
         raise preempted

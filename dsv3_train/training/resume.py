@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from dsv3_train.checkpoint.directory import complete, resolve
 from dsv3_train.checkpoint.hf.fill import load_published
 from dsv3_train.checkpoint.hf.origin import PREFIX
@@ -49,7 +51,7 @@ class Resume:
                 told(note)
             return Position()
         if path is None and begin:
-            path = resolve(Path(begin))
+            path = self._resolved(Path(begin))
             if self.recipe.checkpoint.verify:
                 refuse_damaged(path)
         if path is None:
@@ -58,6 +60,22 @@ class Resume:
         for note in notes:
             told(note)
         return position
+
+    @staticmethod
+    def _resolved(path: Path) -> Path:
+        """The checkpoint that `path` means to rank 0: a run that still saves there shows others another."""
+        said: list[Path | UserError | None] = [None]
+        if torch.distributed.get_rank() == 0:
+            try:
+                said = [resolve(path)]
+            except UserError as error:
+                said = [error]
+        torch.distributed.broadcast_object_list(said)
+        (found,) = said
+        if isinstance(found, UserError):
+            raise found
+        assert found is not None
+        return found
 
     def load(self, path: Path) -> tuple[Position, list[str]]:
         """Be where a checkpoint is; what to say of it. Collective.

@@ -1,0 +1,66 @@
+"""A checkpoint is condemned for what is in it, not for what one machine reads of it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dsv3_train.checkpoint import checksums
+from dsv3_train.runtime import distributed
+from dsv3_train.runtime.launch import launch
+from parity import tiny
+
+
+def wrong(file: Path) -> str:
+    return "0"
+
+
+def failing(file: Path) -> str:
+    raise OSError(errno.EIO, "Input/output error", str(file))
+
+
+@pytest.mark.parametrize(
+    ("damaged", "reads_as", "said"),
+    [
+        (True, None, "b: its SHA-256 is not the one of what was written"),
+        (False, wrong, "Absent: {path}: rank 1 on {host} finds b: its SHA-256"),
+        (False, failing, "Absent: rank 1 on {host} cannot read {path}/b (Input/output error): nothing is wrong"),
+        (False, None, "None"),
+    ],
+    ids=["a wrong file", "a rank that reads wrongly", "a rank that cannot read", "whole"],
+)
+def test_verdict_of_two_ranks(tmp_path, damaged, reads_as: Callable[[Path], str] | None, said):
+    distributed.prepare_import("cpu")
+    from dsv3_train.checkpoint.load import _verified  # before forking
+
+    path = tmp_path / "step_00000001"
+    path.mkdir()
+    for name in ("a", "b"):
+        (path / name).write_text(name)
+    checksums.write(path, checksums.sums([path / "a", path / "b"]))
+    if damaged:
+        (path / "b").write_text("c")
+
+    def on_rank() -> None:
+        import platform
+
+        import torch
+
+        distributed.start(tiny(parallel={"world_size": 2}), "cpu")
+        rank = torch.distributed.get_rank()
+        if rank == 1 and reads_as is not None:
+            checksums._sha256 = reads_as
+        try:
+            text = str(_verified(path))
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+        (tmp_path / str(rank)).write_text(text.replace(platform.node(), "HOST"))
+        distributed.stop()
+
+    launch(on_rank, 2, "cpu")
+    texts = [(tmp_path / str(rank)).read_text() for rank in range(2)]
+    assert texts[0] == texts[1]
+    assert texts[0].startswith(said.format(path=path, host="HOST"))
