@@ -209,7 +209,7 @@ def test_hang_is_ended_and_the_rank_named(tmp_path, capfd):
     assert "no progress for 2 s: rank 2 on " in told
     assert "step 5, forward, at busy_elsewhere (tests/test_faults.py:" in told
     assert "busy_elsewhere" in (tmp_path / "hangs" / "2.txt").read_text()
-    assert incidents.read(tmp_path)[0]["kind"] == "hang"
+    assert [incident["kind"] for incident in incidents.read(tmp_path)] == ["hang"]  # told once, whoever was first
 
 
 def beat(rank: int, **changes) -> Beat:
@@ -218,15 +218,15 @@ def beat(rank: int, **changes) -> Beat:
 
 
 def test_blame():
-    """A silent process before a busy one, before one that is behind; said by the lowest rank that runs."""
+    """A silent process before a busy one, before one that is behind."""
     four = {rank: beat(rank) for rank in range(4)}
-    text, speaker = blame({**four, 0: beat(0, alive=120.0), 1: beat(1, waiting=False)}, 161.0, 5.0)
-    assert (text.split(" gave")[0], speaker) == ("rank 0 on n0 (process 1), step 9, forward", 1)
+    text = blame({**four, 0: beat(0, alive=120.0), 1: beat(1, waiting=False)}, 161.0, 5.0)
+    assert text.split(" gave")[0] == "rank 0 on n0 (process 1), step 9, forward"
     assert "no sign of life for 41 s" in text.replace("gave ", "")
-    text, speaker = blame({**four, 3: beat(3, waiting=False, where="read (data.py:7)")}, 161.0, 5.0)
+    text = blame({**four, 3: beat(3, waiting=False, where="read (data.py:7)")}, 161.0, 5.0)
     assert text == "rank 3 on n1 (process 1), step 9, forward, at read (data.py:7) for 61 s"
-    assert blame({**four, 2: beat(2, marks=49)}, 161.0, 5.0)[0].startswith("rank 2 on n1")
-    assert blame({**four, 2: None}, 161.0, 5.0) == ("rank 2 never began to train", 0)
+    assert blame({**four, 2: beat(2, marks=49)}, 161.0, 5.0).startswith("rank 2 on n1")
+    assert blame({**four, 2: None}, 161.0, 5.0) == "rank 2 never began to train"
 
 
 SIGNALLED = """

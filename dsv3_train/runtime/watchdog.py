@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -26,20 +27,24 @@ _COMMUNICATION = (
 class Watchdog:
     """Looks after the main thread of the process that makes it.
 
-    No mark for `limit` seconds: the rank compares everyone's heartbeats, says who is at fault, leaves its stacks in
-    RUN_DIR/hangs and ends with exit code `HUNG`. All of that within `limit` and a tenth of it. Should this thread not
-    run either (a library that holds Python's lock), `faulthandler` ends the process at twice the limit.
+    No mark for `limit` seconds: the rank leaves its stacks in RUN_DIR/hangs, the first to do so compares everyone's
+    heartbeats and says who is at fault, and it ends with exit code `HUNG`. All of that takes a tenth of `limit`. Should
+    this thread not run either (a library that holds Python's lock), `faulthandler` ends the process at twice `limit`.
     """
 
     def __init__(self, heartbeat: Heartbeat, run_dir: Path, world_size: int, limit: float) -> None:
         self._heartbeat, self._run_dir, self._world_size, self._limit = heartbeat, run_dir, world_size, limit
         self._tick = min(max(limit / 10, 0.1), 15.0)
         self._main = threading.get_ident()
+        self._claim = run_dir / "hangs" / "told"
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
         """Begin to watch."""
+        if self._heartbeat.rank == 0:
+            with contextlib.suppress(OSError):  # of a hang before this start
+                self._claim.unlink()
         self._heartbeat.mark(self._heartbeat.operation)
         self._thread.start()
 
@@ -58,16 +63,29 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        now = time.time()
-        beats = {rank: read(self._run_dir / "heartbeats" / str(rank)) for rank in range(self._world_size)}
-        fault, speaker = blame(beats, now, max(3 * self._tick, 2.0))
-        text = f"no progress for {self._limit:g} s: {fault}"
-        if self._heartbeat.rank == speaker:
-            incidents.record(self._run_dir, "hang", text=text, step=self._heartbeat.step)
+        """The first rank that gets here tells of all; launchers end the others soon after the first that has ended."""
         self._dump_stacks()
-        if not leave_report("hang", text) and self._heartbeat.rank == speaker:
-            print(f"[rank {self._heartbeat.rank}] {text}", file=sys.stderr, flush=True)
+        if self._is_first():
+            now = time.time()
+            beats = {rank: read(self._run_dir / "heartbeats" / str(rank)) for rank in range(self._world_size)}
+            text = f"no progress for {self._limit:g} s: {blame(beats, now, max(3 * self._tick, 2.0))}"
+            incidents.record(self._run_dir, "hang", text=text, step=self._heartbeat.step)
+            if not leave_report("hang", text):
+                print(f"[rank {self._heartbeat.rank}] {text}", file=sys.stderr, flush=True)
+            time.sleep(min(self._limit / 20, 10.0))  # marks are seconds apart: the others leave their stacks
+        else:
+            time.sleep(min(self._limit / 10, 30.0))
         os._exit(HUNG)
+
+    def _is_first(self) -> bool:
+        """Of all ranks; where nothing can be written every one is, rather than none."""
+        try:
+            os.close(os.open(self._claim, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        except OSError:
+            pass
+        return True
 
     def _dump_stacks(self) -> None:
         """Where every thread is, and on a GPU what NCCL's flight recorder knows."""
@@ -83,8 +101,8 @@ class Watchdog:
             faulthandler.dump_traceback()
 
 
-def blame(beats: dict[int, Beat | None], now: float, silence: float) -> tuple[str, int]:
-    """Who keeps the others waiting, in words, and the lowest rank that is able to say so.
+def blame(beats: dict[int, Beat | None], now: float, silence: float) -> str:
+    """Who keeps the others waiting, in words.
 
     A process that does not run at all; else the ranks that are not waiting in communication while others are; else
     those that are furthest behind.
@@ -95,19 +113,18 @@ def blame(beats: dict[int, Beat | None], now: float, silence: float) -> tuple[st
     running = [beat for beat in beats.values() if beat is not None and now - beat.alive <= silence]
     absent = [rank for rank, beat in beats.items() if beat is None]
     silent = [beat for beat in beats.values() if beat is not None and now - beat.alive > silence]
-    speaker = min((beat.rank for beat in running), default=0)
     if absent:
-        return f"rank {', '.join(map(str, absent))} never began to train", speaker
+        return f"rank {', '.join(map(str, absent))} never began to train"
     if silent:
         return "; ".join(
             f"{beat} gave no sign of life for {now - beat.alive:.0f} s: stopped, or its machine is gone"
             for beat in silent
-        ), speaker
+        )
     busy = [beat for beat in running if not beat.waiting]
     if not busy or len(busy) == len(running):
         first = min((beat.step, beat.marks) for beat in running)
         busy = [beat for beat in running if (beat.step, beat.marks) == first]
-    return "; ".join(f"{beat}, at {beat.where} for {now - beat.since:.0f} s" for beat in busy), speaker
+    return "; ".join(f"{beat}, at {beat.where} for {now - beat.since:.0f} s" for beat in busy)
 
 
 def _place(frame: FrameType | None) -> tuple[bool, str]:
