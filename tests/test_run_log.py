@@ -134,6 +134,22 @@ def test_what_came_before_a_rollback_is_gone(tmp_path):
     assert [(line["step"], line["loss"]) for line in metrics(tmp_path)] == board
 
 
+def test_history_without_its_checkpoints_is_kept(tmp_path):
+    """A run directory whose checkpoints are gone, or not mounted: it begins anew, and says so."""
+    for steps, kept in ((3, False), (6, True)):  # four steps to a checkpoint
+        log = open_log(tmp_path, 0, "checkpoint.interval=4", "logging.tensorboard=false")
+        for step in range(1, steps + 1):
+            log.step(record(step))
+        log.close()
+        open_log(tmp_path, 0, "checkpoint.interval=4", "logging.tensorboard=false").close()
+        assert (tmp_path / "metrics.earlier.jsonl").exists() is kept
+        assert metrics(tmp_path) == []
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.earlier.jsonl").read_text().splitlines()] == [
+        *range(1, 7)
+    ]
+    assert "no checkpoint is here, and metrics.jsonl came to step 6" in (tmp_path / "log.txt").read_text()
+
+
 def test_gpu_figures_have_tags_and_an_unknown_gpu_is_told_once(tmp_path):
     log = open_log(tmp_path)
     log.step(record(1, tflops_per_gpu=400.0))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -28,6 +30,7 @@ class RunLog:
         self._interval = recipe.logging.interval
         self._text = _Lines(run_dir / "log.txt")
         self._metrics_path = run_dir / "metrics.jsonl"
+        earlier = _kept_of_earlier(self._metrics_path, recipe.checkpoint.interval) if resumed_step == 0 else None
         _drop_after(self._metrics_path, resumed_step)
         self._metrics = _Lines(self._metrics_path)
         self._board = None
@@ -55,6 +58,8 @@ class RunLog:
         # The bar hides the cursor; a run that fails must give it back. (`atexit` is not called in forked ranks.)
         Finalize(None, self._progress.stop, exitpriority=0)
         self._peak_is_known = True
+        if earlier:
+            self._say(earlier)
 
     def step(self, record: StepRecord) -> None:
         """One training step, to every place."""
@@ -182,17 +187,27 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _by_step(path: Path) -> Iterator[tuple[int, str]]:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError):  # the last line of a killed run may be cut short
+            yield json.loads(line)["step"], line + "\n"
+
+
+def _kept_of_earlier(path: Path, interval: int) -> str | None:
+    """Set a history aside whose checkpoints are gone (deleted, or not mounted): what to say of it, if there is one."""
+    last = max((step for step, _ in _by_step(path)), default=0)
+    if not interval or last < interval:
+        return None
+    aside = path.with_name("metrics.earlier.jsonl")
+    os.replace(path, aside)
+    return f"no checkpoint is here, and {path.name} came to step {last}: begins anew, that history is {aside.name} now"
+
+
 def _drop_after(path: Path, step: int) -> None:
     """Lines of steps beyond `step` belong to an attempt that was cut off before its next checkpoint."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):  # the last line of a killed run may be cut short
-            continue
+    kept = [line for number, line in _by_step(path) if number <= step]
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         unfinished.write_text("".join(kept), encoding="utf-8")
