@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import math
 import multiprocessing
@@ -245,7 +246,9 @@ time.sleep(60)
 
 def test_signals():
     def start(heed: str) -> subprocess.Popen:
-        process = subprocess.Popen([sys.executable, "-c", SIGNALLED, heed], stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", SIGNALLED, heed]
+        heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where this shell ignores it
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heard)
         assert process.stdout.readline() == "ready\n"
         return process
 

@@ -89,10 +89,16 @@ def assembled(recipe: Recipe) -> Iterator[Any]:
 
     os.environ.update(_rank_environment(0, 1, _free_port()))
     distributed.start(recipe, "cpu")
-    yield assemble(recipe, "cpu")
-    distributed.stop()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        os.environ.pop(name, None)
+    try:
+        yield assemble(recipe, "cpu")
+    finally:
+        from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
+
+        get_moe_layer_wise_logging_tracker().clear()  # it has this model's number of layers
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None  # of another shape than another test's
+        distributed.stop()
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            os.environ.pop(name, None)
 
 
 def in_processes(work: Callable[[], None], world_size: int) -> None:
