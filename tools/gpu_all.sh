@@ -35,7 +35,7 @@ fi
 
 # How much communication hides: alone on the machine. Layers of the report's size on two GPUs, with its options in FP8.
 hidden() {
-  local report
+  local report sequences
   for sequences in 1 2; do
     for pairs in false true; do
       report=$out/hidden_${sequences}_$pairs

@@ -92,13 +92,18 @@ def assembled(recipe: Recipe) -> Iterator[Any]:
     try:
         yield assemble(recipe, "cpu")
     finally:
-        from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
+        leave_no_trace()
 
-        get_moe_layer_wise_logging_tracker().clear()  # it has this model's number of layers
-        MoEAuxLossAutoScaler.main_loss_backward_scale = None  # of another shape than another test's
-        distributed.stop()
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            os.environ.pop(name, None)
+
+def leave_no_trace() -> None:
+    """Stop being a rank in this process, so that another test can be one, with another model."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
+
+    get_moe_layer_wise_logging_tracker().clear()  # it has this model's number of layers
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # of another shape than another test's
+    distributed.stop()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
 
 
 def in_processes(work: Callable[[], None], world_size: int) -> None:

@@ -16,6 +16,7 @@ from dsv3_train.profiling.classes import table  # noqa: E402
 from dsv3_train.profiling.report import report  # noqa: E402
 from dsv3_train.profiling.trace import read  # noqa: E402
 from dsv3_train.profiling.work import works  # noqa: E402
+from parity import leave_no_trace  # noqa: E402
 from traces import own_times  # noqa: E402
 
 
@@ -72,13 +73,7 @@ def one_rank():
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29555")
     distributed.start(recipe, "cuda")
     yield
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
-
-    get_moe_layer_wise_logging_tracker().clear()  # it has the first model's number of layers
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # of another shape than in training
-    distributed.stop()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        del os.environ[name]
+    leave_no_trace()
 
 
 @pytest.mark.parametrize("what", ["two linears", "MoE layers, BF16", "MoE layers, FP8"])
