@@ -150,6 +150,7 @@ def _pipeline(recipe: Recipe) -> dict:
         "pipeline_model_parallel_layout": layout_string(recipe),
         "overlap_p2p_comm": virtual > 1,
         "batch_p2p_comm": virtual == 1,
+        "batch_p2p_sync": False,  # its wait for the device after each exchange works around an older torch
         "deallocate_pipeline_outputs": True,
     }
 
