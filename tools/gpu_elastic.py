@@ -1,6 +1,6 @@
 """A checkpoint that goes from one layout to another on the GPUs of one host, and a rank that is killed there.
 
-Part of gpu_schedules.py. `dsv3_tiny` under DualPipe in the first layout, eight steps with a checkpoint after four; from
+Part of gpu_schedules.py. A smaller `dsv3_tiny` under DualPipe in the first layout, eight steps with a checkpoint after four; from
 that in the second layout, where a rank gets a SIGKILL in the middle; both runs' losses of steps 5 to 8 side by side.
 """
 
@@ -66,6 +66,8 @@ def train(options: argparse.Namespace, run_dir: Path, layout: tuple[int, int], m
         "schedule.batch_size=16",
         "training.micro_batch_size=1",  # several micro-batches for each pipeline of any layout
         "faults.hang_seconds=120",
+        # 0.1B parameters: every step of the second run waits for the disk.
+        *([] if options.cpu else ["model.n_routed_experts=8", "model.vocab_size=8192", "data.prepare.vocab_size=8192"]),
         f"runtime.run_dir={run_dir}",
         f"data.prepare.output={options.work / 'data' / recipe}",
     ]

@@ -11,7 +11,9 @@ is timed and traced routes tokens evenly (`dsv3 profile run --balanced`). Cases 
 environment of recipes that do (NCCL_MAX_CTAS), the others without.
 
 Gradients of step 1 are compared by products with random vectors: the mean square of their differences is the square of
-the gradients' distance, without keeping gigabytes of them. The yardstick is one schedule run twice.
+the gradients' distance, without keeping gigabytes of them. The yardstick is one schedule run twice: 1F1B by itself, and
+again ("1f1b again") in the processes of the cases that overlap pairs, with which those are compared, for another
+process can choose other kernels, whose rounding sends tokens to other experts.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ import sys
 import time
 import traceback
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,7 @@ SECONDS_OF_A_HANG = 240
 """Without a finished case, after which those under way are given up."""
 LAYOUTS = {8: [(4, 2), (2, 4)], 4: [(2, 2), (4, 1)], 2: [(2, 1)]}
 """(pipeline, expert) by number of GPUs."""
-SCHEDULES = ("1f1b", "1f1b again", "interleaved", "dualpipe", "dualpipev")
+SCHEDULES = ("1f1b", "interleaved", "dualpipe", "dualpipev", "1f1b again")
 TINY = [
     *("model.hidden_size=64", "model.num_attention_heads=4", "model.q_lora_rank=32", "model.kv_lora_rank=16"),
     *("model.qk_nope_head_dim=16", "model.qk_rope_head_dim=8", "model.v_head_dim=16", "model.vocab_size=512"),
@@ -64,7 +67,19 @@ class Case:
 
     @property
     def overlaps(self) -> bool:
-        return self.expert > 1 and not self.schedule.startswith("1f1b")
+        return self.beside_pairs and self.schedule != "1f1b again"
+
+    @property
+    def beside_pairs(self) -> bool:
+        """It runs in the processes, and the environment, of cases that overlap pairs."""
+        return self.expert > 1 and self.schedule != "1f1b"
+
+    @property
+    def baseline(self) -> Case | None:
+        """What its losses and gradients are compared with."""
+        if self.schedule == "1f1b":
+            return None
+        return replace(self, schedule="1f1b again" if self.overlaps else "1f1b")
 
 
 def recipe_of(case: Case, options: argparse.Namespace) -> Any:
@@ -93,7 +108,8 @@ def on_rank(cases: list[Case], options: argparse.Namespace) -> None:
     device = "cpu" if options.cpu else "cuda"
     from dsv3_train.runtime import distributed
 
-    distributed.prepare_import(device, recipe_of(cases[-1], options))
+    first = replace(cases[0], schedule="dualpipe") if cases[0].beside_pairs else cases[0]
+    distributed.prepare_import(device, recipe_of(first, options))
     import torch
     from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
@@ -188,15 +204,16 @@ def release(trainer: Any) -> None:
                         setattr(holder, name, None)
 
 
-def sketch(trainer: Any, device: str) -> dict[str, list[float]]:
-    """Of every piece of a parameter that this rank holds: its gradient's norm, and its products with random vectors."""
+def sketch(trainer: Any, device: str, what: str = "main_grad") -> dict[str, list[float]]:
+    """Of every piece of a parameter that this rank holds, its gradient's (or `data`'s) norm and products with random
+    vectors."""
     import torch
 
     from parity import pieces, unshard_gradients
 
     unshard_gradients(trainer)
     rows = {}
-    for key, _, place, values in pieces(trainer, lambda parameter: parameter.main_grad.detach().float()):
+    for key, _, place, values in pieces(trainer, lambda parameter: getattr(parameter, what).detach().float()):
         name = f"{key} {place}"
         generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
         flat = values.reshape(-1)
@@ -246,6 +263,7 @@ def figures_of(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     bubbles = ("bubble_fraction", "simulated_bubble_fraction", "ideal_bubble_fraction", "span_ms")
     return {
         **told,
+        "compared_with": str(case.baseline),
         "step_ms": 1e3 * timed["step_seconds"],
         "tokens_per_second_per_gpu": timed["tokens_per_second"] / options.gpus,
         "tflops_per_gpu": timed["tflops_per_process"],
@@ -256,10 +274,9 @@ def figures_of(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 
 def write_results(found: dict[str, Any], options: argparse.Namespace) -> None:
     """What there is so far, compared with 1F1B of the same layout."""
-    for name, told in found.items():
-        layout = "_".join(name.split("_")[:2])
-        baseline = found.get(f"{layout}_1f1b")
-        if "sketch" not in told or baseline is None or baseline is told:
+    for told in found.values():
+        baseline = found.get(told.get("compared_with"), {})
+        if "sketch" not in told or "sketch" not in baseline:
             continue
         told["gradients"] = distance(baseline["sketch"], told["sketch"])
         pairs = zip(told["losses"], baseline["losses"], strict=True)
@@ -359,7 +376,7 @@ def main() -> None:
     parser.add_argument(
         "--micro-batch-size", type=int, default=2, help="sequences; of one, launches weigh more than kernels"
     )
-    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
+    parser.add_argument("--cases", nargs="+", default=["*"], help="patterns of their names, as pp2_ep2_dualpipe*")
     parser.add_argument("--parts", nargs="+", choices=("schedules", "elastic"), default=["schedules", "elastic"])
     options = parser.parse_args()
     options.deadline = time.monotonic() + 60 * options.minutes
@@ -379,18 +396,14 @@ def run_schedules(options: argparse.Namespace) -> None:
     """All cases; figures as they come."""
     from dsv3_train.data.prepare import prepare
 
-    cases = [
-        Case(*layout, schedule)
-        for layout in LAYOUTS[options.gpus]
-        for schedule in options.schedules
-        if schedule != "1f1b again" or layout == LAYOUTS[options.gpus][0]
-    ]
+    cases = [Case(*layout, schedule) for layout in LAYOUTS[options.gpus] for schedule in SCHEDULES]
+    cases = [case for case in cases if any(fnmatch(str(case), pattern) for pattern in options.cases)]
     for case in cases:  # what an earlier call left would pass for this one's
         shutil.rmtree(options.work / str(case), ignore_errors=True)
     prepare(recipe_of(cases[0], options).data.prepare)
     found: dict[str, Any] = {}
-    for overlapping in (True, False):
-        drive([case for case in cases if case.overlaps == overlapping], found, options)
+    for beside_pairs in (True, False):
+        drive([case for case in cases if case.beside_pairs == beside_pairs], found, options)
     show(found)
 
 
