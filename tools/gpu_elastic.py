@@ -1,7 +1,8 @@
 """A checkpoint that goes from one layout to another on the GPUs of one host, and a rank that is killed there.
 
-Part of gpu_schedules.py. A smaller `dsv3_tiny` under DualPipe in the first layout, eight steps with a checkpoint after four; from
-that in the second layout, where a rank gets a SIGKILL in the middle; both runs' losses of steps 5 to 8 side by side.
+Part of gpu_schedules.py. A smaller `dsv3_tiny` under DualPipe in the first layout, eight steps with a checkpoint after
+four; from that in the second layout, where a rank gets a SIGKILL in the middle; both runs' losses of steps 5 to 8 side
+by side.
 """
 
 from __future__ import annotations
