@@ -134,6 +134,23 @@ def test_what_came_before_a_rollback_is_gone(tmp_path):
     assert [(line["step"], line["loss"]) for line in metrics(tmp_path)] == board
 
 
+def test_figures_that_come_after_later_steps_stay_with_their_own(tmp_path):
+    """The profiler's of a step are written some steps later; a killed run's last line may be cut short."""
+    log = open_log(tmp_path, 0, "logging.tensorboard=false")
+    for step in range(1, 5):
+        log.step(record(step))
+        log.overlap(max(1, step - 1), {"bubble_fraction": 0.1 * step})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "ste')
+    open_log(tmp_path, 3, "logging.tensorboard=false").close()
+    kept = [(line["kind"], line["step"]) for line in metrics(tmp_path)]
+    assert kept == [
+        *(("step", 1), ("overlap", 1), ("step", 2), ("overlap", 1), ("step", 3), ("overlap", 2)),
+        ("overlap", 3),
+    ]
+
+
 def test_history_without_its_checkpoints_is_kept(tmp_path):
     """A run directory whose checkpoints are gone, or not mounted: it begins anew, and says so."""
     for steps, kept in ((3, False), (6, True)):  # four steps to a checkpoint

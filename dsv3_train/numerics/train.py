@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -18,12 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dsv3_train.errors import UserError
+from dsv3_train.lines import newest_first
 from dsv3_train.numerics.plan import Planned
 
 _TRAIN = (sys.executable, "-m", "dsv3_cli.main", "train")
 _LIBC = ctypes.CDLL(None)
-_TAIL = 65536
-"""Bytes at the end of metrics.jsonl in which the newest step is looked for."""
 _GRACE_SECONDS = 60.0
 """For runs that are asked to stop: they save a checkpoint."""
 
@@ -146,7 +144,7 @@ def _stop(running: list[_Job]) -> None:
             job.process.wait()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
     """TERM ends this process as an exception does, so that it takes its runs along."""
 
@@ -177,17 +175,8 @@ def _bars(console: Console) -> Progress:
 
 def _advance(bars: Progress, task, planned: Planned) -> None:
     """To the newest step in the run's metrics."""
-    try:
-        with (planned.run_dir / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-            lines = file.read().splitlines()
-    except OSError:
-        return
-    for text in reversed(lines):
-        try:
-            line = json.loads(text)
-            if line["kind"] == "step":
+    with contextlib.suppress(OSError):  # not there yet
+        for _, line in newest_first(planned.run_dir / "metrics.jsonl"):
+            if line and line.get("kind") == "step":
                 bars.update(task, completed=line["step"], total=line["total_steps"], loss=line["loss"] or float("nan"))
                 return
-        except (ValueError, KeyError, TypeError):  # cut short, by the writer or by `_TAIL`
-            continue

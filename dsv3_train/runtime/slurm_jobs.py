@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from dsv3_train.checkpoint.directory import complete
 from dsv3_train.errors import UserError
+from dsv3_train.lines import newest_step
 from dsv3_train.optim.schedules import Schedules
 from dsv3_train.recipe.load import dump, load
 from dsv3_train.recipe.ready import refuse_unready
@@ -136,20 +136,12 @@ def status(run: str) -> Status:
     """
     run_dir = _run_dir(run)
     jobs = _jobs(run_dir)
-    state, metrics, whole = run_dir / "state", run_dir / "metrics.jsonl", complete(run_dir / "checkpoints")
-    step = 0
-    if metrics.is_file():
-        for line in reversed(metrics.read_text(encoding="utf-8").splitlines()):
-            try:
-                step = json.loads(line)["step"]
-                break
-            except (ValueError, KeyError):  # just being written
-                continue
+    state, whole = run_dir / "state", complete(run_dir / "checkpoints")
     return Status(
         job=jobs[-1],
         queue=_queue(jobs),
         state=state.read_text(encoding="utf-8").strip() if state.is_file() else "none",
-        step=step,
+        step=newest_step(run_dir / "metrics.jsonl"),
         checkpoint=whole[-1].name if whole else None,
         incidents=incidents.read(run_dir)[-10:],
     )

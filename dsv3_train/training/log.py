@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -18,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dsv3_train.errors import UserError
+from dsv3_train.lines import newest_first, newest_step
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.training.record import StepRecord
 
@@ -187,15 +186,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _by_step(path: Path) -> Iterator[tuple[int, str]]:
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError, KeyError):  # the last line of a killed run may be cut short
-            yield json.loads(line)["step"], line + "\n"
-
-
 def _kept_of_earlier(path: Path, interval: int) -> str | None:
     """Set a history aside whose checkpoints are gone (deleted, or not mounted): what to say of it, if there is one."""
-    last = max((step for step, _ in _by_step(path)), default=0)
+    last = newest_step(path)
     if not interval or last < interval:
         return None
     aside = path.with_name("metrics.earlier.jsonl")
@@ -204,17 +197,30 @@ def _kept_of_earlier(path: Path, interval: int) -> str | None:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Lines of steps beyond `step` belong to an attempt that was cut off before its next checkpoint."""
+    """Lines of steps beyond `step` belong to an attempt that was cut off before its next checkpoint.
+
+    Only they are read: before the line of a step that stays, none of a later step can be.
+    """
     if not path.is_file():
         return
-    kept = [line for number, line in _by_step(path) if number <= step]
-    unfinished = path.with_name(path.name + ".unfinished")
+    end, kept = None, []
+    for at, line in newest_first(path):
+        if line is None or line.get("step", step + 1) > step:
+            end = at
+        elif line.get("kind") in ("step", "passed over"):
+            break
+        else:  # figures of a step that are known, and written, some steps after it
+            kept.append((at, line))
+    if end is None:
+        return
+    again = [line for at, line in reversed(kept) if at > end]
     try:
-        unfinished.write_text("".join(kept), encoding="utf-8")
+        with path.open("r+b") as file:
+            file.seek(end)
+            file.write("".join(json.dumps(line) + "\n" for line in again).encode())
+            file.truncate()
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}); free some space") from None
-    os.replace(unfinished, path)
 
 
 def _line(r: StepRecord) -> str:

@@ -1,0 +1,45 @@
+"""Lines of JSON from a file's end: of a long run's metrics, hundreds of megabytes, the last ones are wanted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_BLOCK = 1 << 20
+
+
+def newest_first(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Each line's first byte, and the object in it, last line first; None for a line that was cut short.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        end, rest = file.seek(0, 2), b""  # `rest`: the beginning of a line whose end is in the block after it
+        while end > 0:
+            start = max(0, end - _BLOCK)
+            file.seek(start)
+            block = file.read(end - start) + rest
+            first = 0 if start == 0 else block.find(b"\n") + 1 or len(block)
+            rest, at = block[:first], start + len(block)
+            for line in reversed(block[first:].splitlines(keepends=True)):
+                at -= len(line)
+                yield at, _object(line)
+            end = start
+
+
+def newest_step(path: Path) -> int:
+    """The step of the last line that is whole; 0 without one."""
+    if not path.is_file():
+        return 0
+    return next((line["step"] for _, line in newest_first(path) if line and "step" in line), 0)
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
