@@ -63,6 +63,37 @@ def prepare(
 
 
 @app.command()
+def index(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (dsv3 recipes list) or a YAML file.")],
+    overrides: Annotated[
+        Optional[list[str]], typer.Argument(help="Recipe overrides, as the run will have.", metavar="[a.b=c]...")
+    ] = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Prepare a run's data and build its order of samples, before it begins.
+
+    The run would do so itself, in one process, while all its GPUs wait. Needs no GPU; the same recipe and overrides.
+
+    Example: dsv3 data index smoke runtime.run_dir=runs/try
+    """
+    import contextlib
+    import dataclasses
+    import json
+    import sys
+
+    from dsv3_train.recipe.load import load
+    from dsv3_train.training.indices import build
+
+    with contextlib.redirect_stdout(sys.stderr):  # Megatron prints when it builds an index
+        found = build(load(recipe, overrides or []))
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found)))
+        return
+    how = f"built in {found.seconds:.1f} s" if found.seconds else "there already"
+    print(f"{found.cache}: {found.samples:,} samples, {found.gibibytes:.2f} GiB, {how}")
+
+
+@app.command()
 def show(
     prefix: Annotated[str, typer.Argument(help="Prefix of a dataset; with --samples, a run directory.")],
     document: Annotated[int, typer.Option(help="The document to print the beginning of, from 0.")] = 0,

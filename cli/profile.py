@@ -136,7 +136,7 @@ def run(
     from dsv3_train.training.profile import run as train
 
     loaded = ready(recipe, overrides or [])
-    where = out or Path(loaded.runtime.run_dir.format(name=loaded.name)) / "profile"
+    where = out or loaded.run_dir / "profile"
     plan = Plan(where, steps, warmup, _ranks(ranks, loaded.parallel.world_size), balanced)
     train(loaded, plan, lambda: _report_run(plan, as_json))
 

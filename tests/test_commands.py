@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,12 @@ def dsv3(*arguments: str, cwd: Path, check: bool = True) -> subprocess.Completed
     return done
 
 
+def at_once(*commands: tuple[list[str], Path], check: bool = True) -> list[subprocess.CompletedProcess]:
+    """Commands with their directories, two at a time: most of each is what one core imports."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda one: dsv3(*one[0], cwd=one[1], check=check), commands))
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """Six steps of `smoke` on this project's sources, in four processes, stopped by its duration at four before."""
@@ -56,16 +63,28 @@ def test_run_directory(trained):
     assert not list(run.rglob("*.unfinished"))
 
 
+def test_the_order_of_samples_can_be_there_before_the_run(trained):
+    """What `dsv3 data index` builds is what the run looks for: built by the run, it finds it there."""
+    recipe = ["data", "index", "smoke_parallel", *SMALL, "training.duration=6 steps", "--json"]
+    done = at_once((recipe, trained), ([*recipe, "runtime.run_dir=runs/to_come"], trained))
+    there, built = (json.loads(one.stdout) for one in done)
+    assert (there["seconds"], there["samples"]) == (0, built["samples"])
+    assert built["seconds"] > 0
+    caches = [trained / "runs" / name / "cache" for name in ("smoke_parallel", "to_come")]
+    theirs, ours = ({str(file.relative_to(cache)) for file in cache.rglob("*")} for cache in caches)
+    assert len(ours) > 5
+    assert ours < theirs  # which have those of four steps too
+
+
 def test_generate(trained):
-    first = dsv3("generate", "runs/smoke_parallel", "--prompt", "def ", "--max-tokens", "5", "--json", cwd=trained)
+    run = ["generate", "runs/smoke_parallel", "--max-tokens", "5", "--json"]
+    first, again = at_once(*[([*run, "--prompt", "def "], trained)] * 2)
     report = json.loads(first.stdout)
     assert (report["step"], report["prompt"]) == (6, "def ")
     assert 0 < report["tokens"] <= 5
-    again = dsv3("generate", "runs/smoke_parallel", "--prompt", "def ", "--max-tokens", "5", "--json", cwd=trained)
     assert json.loads(again.stdout) == report  # the seed decides
-    spread = ["parallel={world_size: 2, expert: 2}", "--temperature", "0", "--max-tokens", "5", "--json"]
-    two = dsv3("generate", "runs/smoke_parallel", *spread, cwd=trained)
-    one = dsv3("generate", "runs/smoke_parallel", *spread[1:], cwd=trained)
+    greedy = [*run, "--temperature", "0"]
+    two, one = at_once(([*greedy, "parallel={world_size: 2, expert: 2}"], trained), (greedy, trained))
     assert json.loads(two.stdout) == json.loads(one.stdout)
 
 
@@ -84,41 +103,36 @@ class _Harmful:
 
 def test_checkpoints_that_are_refused(trained, tmp_path):
     """Code in a pickle, a cut file, another model, nothing at all: one line, and the run directory as it was."""
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    run = tmp_path / "runs" / "smoke_parallel"
-    newest = run / "checkpoints" / "step_00000006"
-    longer = ["train", "smoke_parallel", *SMALL, "training.duration=8 steps"]
-    before = (run / "metrics.jsonl").read_text()
-
+    newest = Path("runs/smoke_parallel/checkpoints/step_00000006")
+    piece = max((trained / newest).glob("*.distcp"), key=lambda file: file.stat().st_size).name  # one with weights
+    whole, common = ((trained / newest / name).read_bytes() for name in (piece, "common.pt"))
     generate = ["generate", "runs/smoke_parallel"]
-    piece = max(newest.glob("*.distcp"), key=lambda file: file.stat().st_size)  # one with weights
-    whole, sums = piece.read_bytes(), (newest / "manifest.json").read_bytes()
-    for damaged in (whole[:100], flipped(whole)):
-        piece.write_bytes(damaged)
-        refused(dsv3(*generate, cwd=tmp_path, check=False), str(newest.name), "damaged", piece.name)
-
-    (newest / "manifest.json").unlink()  # as an older version left it, or somebody with bad intentions
-    piece.write_bytes(whole[:100])
-    refused(dsv3(*generate, cwd=tmp_path, check=False), str(newest.name), "damaged")
-    piece.write_bytes(whole)
-
-    contents = (newest / ".metadata").read_bytes()
-    (newest / ".metadata").write_bytes(pickle.dumps(_Harmful()))
-    refused(dsv3(*generate, cwd=tmp_path, check=False), ".metadata", "mkdir")
-    assert not (tmp_path / "harmed").exists()
-    (newest / ".metadata").write_bytes(contents)
-
-    common = (newest / "common.pt").read_bytes()
-    (newest / "common.pt").write_bytes(common[: len(common) // 2])
-    refused(dsv3(*generate, cwd=tmp_path, check=False), "common.pt")
-    (newest / "common.pt").write_bytes(common)
-    (newest / "manifest.json").write_bytes(sums)
-
-    refused(dsv3(*longer, "model.hidden_size=192", cwd=tmp_path, check=False), "recipe.yaml", "model.hidden_size")
-    refused(dsv3(*longer, "pipeline={}", "parallel={world_size: 1}", "runtime.run_dir=runs/new", "model.v_head_dim=64",
-                 f"checkpoint.load={newest}", cwd=tmp_path, check=False), "another model", "linear_proj")  # fmt: skip
-    refused(dsv3("generate", "runs/none", cwd=tmp_path, check=False), "runs/none", "no checkpoint")
-    assert (run / "metrics.jsonl").read_text() == before
+    longer = ["train", "smoke_parallel", *SMALL, "training.duration=8 steps"]
+    elsewhere = ["pipeline={}", "parallel={world_size: 1}", "runtime.run_dir=runs/new", f"checkpoint.load={newest}"]
+    # Files of the newest checkpoint and what becomes of them (None: gone, as an older version left it, or somebody with
+    # bad intentions); a command; what it says.
+    cases: list[tuple[dict[str, bytes | None], list[str], tuple[str, ...]]] = [
+        ({piece: whole[:100]}, generate, (newest.name, "damaged", piece)),
+        ({piece: flipped(whole)}, generate, (newest.name, "damaged", piece)),
+        ({piece: whole[:100], "manifest.json": None}, generate, (newest.name, "damaged")),
+        ({".metadata": pickle.dumps(_Harmful()), "manifest.json": None}, generate, (".metadata", "mkdir")),
+        ({"common.pt": common[: len(common) // 2], "manifest.json": None}, generate, ("common.pt",)),
+        ({}, [*longer, "model.hidden_size=192"], ("recipe.yaml", "model.hidden_size")),
+        ({}, [*longer, *elsewhere, "model.v_head_dim=64"], ("another model", "linear_proj")),
+        ({}, ["generate", "runs/none"], ("runs/none", "no checkpoint")),
+    ]
+    places = [tmp_path / str(number) for number in range(len(cases))]
+    for place, (changes, _, _) in zip(places, cases, strict=True):
+        shutil.copytree(trained, place)
+        for name, content in changes.items():
+            file = place / newest / name
+            file.unlink() if content is None else file.write_bytes(content)
+    done = at_once(*((command, place) for place, (_, command, _) in zip(places, cases, strict=True)), check=False)
+    for place, (_, _, parts), one in zip(places, cases, done, strict=True):
+        refused(one, *parts)
+        assert not (place / "harmed").exists()
+        metrics = [where / "runs" / "smoke_parallel" / "metrics.jsonl" for where in (place, trained)]
+        assert metrics[0].read_text() == metrics[1].read_text()
 
 
 def flipped(data: bytes) -> bytes:

@@ -349,7 +349,7 @@ def test_command_prints_the_manifest(corpus, tmp_path):
 
 def test_data_that_another_run_prepares_is_waited_for(corpus, tmp_path, capsys):
     """`dsv3 data prepare` says so; runs that begin together, as those of a sweep, go on when it is there."""
-    from dsv3_train.training import command
+    from dsv3_train.training import command, indices
 
     settings = Prepare(inputs=[str(corpus)], output=str(tmp_path / "out"), vocab_size=300)
     recipe = tiny(model={"vocab_size": 300}, data={"prepare": settings.model_dump(), "train": []})
@@ -360,7 +360,7 @@ def test_data_that_another_run_prepares_is_waited_for(corpus, tmp_path, capsys):
         with pytest.raises(UserError, match="another process is preparing this dataset"):
             prepare(settings)
         waiting = [
-            threading.Thread(target=work, args=(recipe,)) for work in (command._ready_data, command._wait_for_data)
+            threading.Thread(target=work, args=(recipe,)) for work in (indices.ready_data, command._wait_for_data)
         ]
         for one in waiting:
             one.start()

@@ -7,6 +7,7 @@ divisibility, placement), `load.py` turns YAML into a `Recipe` and errors into l
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, field_validator, model_validator
@@ -368,6 +369,11 @@ class Recipe(Section):
     faults: Faults = Faults()
     logging: Logging = Logging()
     runtime: Runtime = Runtime()
+
+    @property
+    def run_dir(self) -> Path:
+        """What a run leaves behind goes there."""
+        return Path(self.runtime.run_dir.format(name=self.name))
 
     @property
     def overlaps_pairs(self) -> bool:

@@ -60,7 +60,7 @@ def run(ref: str, overrides: list[str], show: Callable[[Report], None]) -> None:
 
     def on_rank() -> None:
         distributed.prepare_import(device, recipe)
-        run_dir = Path(recipe.runtime.run_dir.format(name=recipe.name))
+        run_dir = recipe.run_dir
         beside = run_dir.with_name(run_dir.name + ".preflight")  # the run itself may be under way
         report = _check(recipe, device, run_dir, beside)
         if int(os.environ["RANK"]) == 0:

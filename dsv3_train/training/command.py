@@ -6,13 +6,11 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import sys
 import time
-from pathlib import Path
 
 from dsv3_train.checkpoint.directory import complete
-from dsv3_train.data import datasets, manifest
-from dsv3_train.data.prepare import BeingPrepared, changed_inputs, prepare
+from dsv3_train.data import manifest
+from dsv3_train.data.prepare import changed_inputs
 from dsv3_train.errors import UserError
 from dsv3_train.optim.schedules import Schedules
 from dsv3_train.recipe.load import dump, load
@@ -24,6 +22,7 @@ from dsv3_train.runtime.launch import ATTEMPT, Restarts, joined_world, launch
 from dsv3_train.runtime.rendezvous import Absent
 from dsv3_train.runtime.signals import StopRequest
 from dsv3_train.runtime.watchdog import Watchdog
+from dsv3_train.training.indices import ready_data
 from dsv3_train.training.machine import refuse_machine, told_when_full
 from dsv3_train.training.rundir import hold, write_state
 from dsv3_train.training.startup import Startup
@@ -44,12 +43,12 @@ def run(ref: str, overrides: list[str]) -> None:
     joined = joined_world() is not None
     if not joined:  # before any process starts; under a launcher, the ranks see to it
         refuse_machine(recipe, device)
-        _ready_data(recipe)
+        ready_data(recipe)
         startup.mark("data")
     if device == "cpu" or joined:
         _import(recipe, device)  # once, before ranks are forked
         startup.mark("imports")
-    run_dir = _run_dir(recipe)
+    run_dir = recipe.run_dir
     restarts = Restarts(
         recipe.faults.max_restarts, run_dir, lambda: [path.name for path in complete(run_dir / "checkpoints")]
     )
@@ -61,29 +60,10 @@ def run(ref: str, overrides: list[str]) -> None:
     )
 
 
-def _ready_data(recipe: Recipe) -> None:
-    """Prepare what the recipe says, unless it is there; runs that begin together (a sweep) do so once."""
-    waited = False
-    while recipe.data.prepare:
-        try:
-            prepare(recipe.data.prepare)
-            break
-        except BeingPrepared as other:
-            if not waited:
-                print(f"waiting: {other}", file=sys.stderr, flush=True)
-            waited = True
-            time.sleep(1)
-    datasets.check(recipe)
-
-
 def _wait_for_data(recipe: Recipe) -> None:
     """Until rank 0 has prepared it, which takes longer than collectives wait. Its manifest comes last."""
     while recipe.data.prepare and manifest.load(recipe.data.prepare.output) is None:
         time.sleep(1)
-
-
-def _run_dir(recipe: Recipe) -> Path:
-    return Path(recipe.runtime.run_dir.format(name=recipe.name))
 
 
 def _import(recipe: Recipe, device: str) -> None:
@@ -107,8 +87,8 @@ def _on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) -> Non
         ended = "preempted" if stop.code == PREEMPTED else "failed"
         raise
     finally:
-        if leader and _run_dir(recipe).is_dir():
-            write_state(_run_dir(recipe), ended)
+        if leader and recipe.run_dir.is_dir():
+            write_state(recipe.run_dir, ended)
 
 
 def _train_on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) -> None:
@@ -124,7 +104,7 @@ def _train_on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) 
     from dsv3_train.training.run import Run
     from dsv3_train.training.rundir import open_run_dir
 
-    run_dir = _run_dir(recipe)
+    run_dir = recipe.run_dir
     if os.environ["RANK"] == "0" and run_dir.is_dir():
         with contextlib.suppress(OSError):  # `join` says on which node the disk cannot be written
             hold(run_dir)  # before heartbeats are written in it
@@ -134,7 +114,7 @@ def _train_on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) 
     leader = torch.distributed.get_rank() == 0
     if leader:
         if joined:
-            _ready_data(recipe)
+            ready_data(recipe)
         notes += open_run_dir(run_dir, recipe, dump(recipe), topology(recipe))
         if recipe.data.prepare and (changes := changed_inputs(recipe.data.prepare)):
             notes.append(f"{recipe.data.prepare.output}: {changes}; the run takes it as it is")

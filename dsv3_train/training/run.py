@@ -16,7 +16,7 @@ from dsv3_train.checkpoint.load import newest
 from dsv3_train.checkpoint.save import CheckpointWriter
 from dsv3_train.checkpoint.state import training_state
 from dsv3_train.data import batches as data_batches
-from dsv3_train.data import datasets, manifest
+from dsv3_train.data import manifest
 from dsv3_train.data.sets import train_sets
 from dsv3_train.errors import UserError
 from dsv3_train.optim.ema import ParameterEma
@@ -26,6 +26,7 @@ from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import heartbeat, incidents
 from dsv3_train.runtime.exits import PREEMPTED
 from dsv3_train.runtime.signals import StopRequest
+from dsv3_train.training import indices
 from dsv3_train.training.assemble import assemble
 from dsv3_train.training.guard import Guard, Verdict
 from dsv3_train.training.log import RunLog
@@ -72,9 +73,8 @@ class Run:
         self.schedules = Schedules(recipe)
         self.leader = torch.distributed.get_rank() == 0
         self.log: RunLog | None = None
-        whole = recipe.batch_multiple
-        self.eval_sequences = -(-recipe.training.eval_sequences // whole) * whole
-        self.train_data, self.valid_data = self._datasets(self.schedules.enough_samples)
+        self.eval_sequences = indices.eval_sequences(recipe)
+        self.train_data, self.valid_data = indices.of_run(recipe, run_dir)
         startup.mark("datasets")
         self.trainer = assemble(recipe, device)
         self.ema = ParameterEma(self.trainer.models, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
@@ -105,9 +105,6 @@ class Run:
         gc.collect()
         gc.freeze()
 
-    def _datasets(self, samples: int) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset | None]:
-        return datasets.build(self.recipe, self.run_dir / "cache", samples, self.eval_sequences)
-
     def _event(self, text: str) -> None:
         if self.log:
             self.log.event(text)
@@ -133,7 +130,7 @@ class Run:
         )
         *_, end = [samples, *(first + size for _, first, size in self.schedules.plan(samples, step))]
         if end > self.schedules.enough_samples:
-            self.train_data, _ = self._datasets(end)
+            self.train_data, _ = indices.of_run(self.recipe, self.run_dir, end)
 
     def train(self, stop_after: int | None = None) -> None:
         """To the end of the recipe's duration; or until step `stop_after`, as if interrupted there.

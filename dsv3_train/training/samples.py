@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Union
 
-from dsv3_train.data import datasets
 from dsv3_train.data.tokenizer import Tokenizer, tokenizer_path
 from dsv3_train.errors import UserError
 from dsv3_train.optim.schedules import Schedules
 from dsv3_train.recipe.load import load
 from dsv3_train.runtime import distributed
-from dsv3_train.training import skips
+from dsv3_train.training import indices, skips
 
 
 @dataclass(frozen=True)
@@ -41,16 +40,10 @@ def samples(run_dir: Path, asked: list[str]) -> list[Sample]:
         raise UserError(f"{recipe_file}: missing; --samples needs a run directory, for the recipe orders the samples")
     recipe = load(str(recipe_file))
     known = skips.Skips(run_dir, recipe.faults.skip_samples).all
-    schedules = Schedules(recipe)
-    total = schedules.total_samples
+    total = Schedules(recipe).total_samples
     numbers = list(dict.fromkeys(number for text in asked for number in _numbers(text, known, total)))
     distributed.prepare_import(distributed.device_of(recipe))
-    dataset, _ = datasets.build(
-        recipe,
-        run_dir / "cache",
-        schedules.enough_samples,
-        -(-recipe.training.eval_sequences // recipe.batch_multiple) * recipe.batch_multiple,
-    )
+    dataset, _ = indices.of_run(recipe, run_dir)
     path = Path(tokenizer_path(recipe))
     tokenizer = Tokenizer.load(path) if path.is_file() else None
     found = []
