@@ -16,7 +16,7 @@ CASES = {
     "device_argument": ("one", "Torch not compiled with CUDA enabled"),
     "to_cuda": ("pp2", "Torch not compiled with CUDA enabled"),
     "streams": ("one", "torch.cuda.Stream requires CUDA support"),
-    "synchronize": ("pp2", "Torch not compiled with CUDA enabled"),
+    "synchronize": ("save", "Torch not compiled with CUDA enabled"),
     "ranges": ("pairs", "NVTX functions not installed"),
     "record_stream": ("pairs", "unknown parameter type"),
     "random_state": ("one", "Torch not compiled with CUDA enabled"),
@@ -28,8 +28,9 @@ CASES = {
     "device_random_state": ("random", "a fork moved the random state"),
 }
 
-LAYOUTS = ("one", "ep2", "pp2", "recompute", "pairs", "random")
-# Run as a script of its own: a process patches Megatron once.
+LAYOUTS = ("one", "ep2", "pp2", "recompute", "pairs", "random", "save")
+# Run as a script of its own: a process patches Megatron once. What is patched before that is imported comes first, and
+# imports it in a process each; the others fork from one that has.
 SCRIPT = """
 import json, os, sys, traceback
 from pathlib import Path
@@ -49,6 +50,7 @@ layouts = {
         "precision": {"params": "bf16"},
     },
     "random": {},
+    "save": {},
 }
 out = Path(sys.argv[1])
 
@@ -57,8 +59,14 @@ def attempt(without, layout):
     recipe = tiny(**layouts[layout])
 
     def work():
-        cpu.install(without)
+        if "megatron.core" in sys.modules:
+            cpu.patch_megatron(without)
+        else:
+            cpu.install(without)
         import dsv3_train.training.assemble
+        if layout == "save":
+            from megatron.core.dist_checkpointing.strategies import filesystem_async
+            return filesystem_async.FileSystemWriterAsync.preload_tensors([])
         if layout != "random":
             return train(recipe, out, steps=1)
         from dsv3_train.runtime import distributed
@@ -73,7 +81,10 @@ def attempt(without, layout):
 
 
 results = {}
-for name, layout in json.loads(sys.argv[2]):
+late = {patch.__name__ for patch in cpu.AFTER_IMPORT} | {""}
+for name, layout in sorted(json.loads(sys.argv[2]), key=lambda case: case[0] in late):
+    if name in late and "megatron.core" not in sys.modules:
+        cpu.import_megatron()
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -100,10 +111,10 @@ print(json.dumps(results))
 def printed(tmp_path_factory) -> dict[str, str]:
     """What a run of one step prints without each patch, and with all of them."""
     where = tmp_path_factory.mktemp("patches")
-    cases = [("", layout) for layout in LAYOUTS] + [(name, layout) for name, (layout, _) in CASES.items()]
+    cases = [(name, layout) for name, (layout, _) in CASES.items()] + [("", layout) for layout in LAYOUTS]
     found = {}
-    with ThreadPoolExecutor(2) as pool:  # each case imports Megatron anew, on one core
-        for done in pool.map(lambda some: _attempt(where, some), (cases[0::2], cases[1::2])):
+    with ThreadPoolExecutor(2) as pool:  # eight cases import Megatron anew, on one core
+        for done in pool.map(lambda some: _attempt(where, some), (cases[:6], cases[6:])):
             assert done.returncode == 0, done.stderr
             found |= json.loads(done.stdout.splitlines()[-1])
     return found

@@ -92,7 +92,7 @@ def streams() -> None:
 
 
 def synchronize() -> None:
-    """The pipeline synchronizes the device around point-to-point messages."""
+    """A save waits for the copies of what it will write (filesystem_async.py)."""
     torch.cuda.synchronize = lambda *args, **kwargs: None  # type: ignore[assignment]
 
 
@@ -229,9 +229,14 @@ def install(without: Collection[str] = ()) -> None:
     Raises:
         UserError: this machine has a GPU.
     """
+    if not _installed:
+        import_megatron(without)
+        patch_megatron(without)
+
+
+def import_megatron(without: Collection[str] = ()) -> None:
+    """The first half of `install`."""
     global _installed
-    if _installed:
-        return
     if torch.cuda.is_available():
         raise UserError(
             "runtime.device: cpu is for machines without a GPU; to hide it, start with CUDA_VISIBLE_DEVICES="
@@ -251,6 +256,10 @@ def install(without: Collection[str] = ()) -> None:
         "dist_checkpointing",
     ):
         importlib.import_module(f"megatron.core.{name}")
+
+
+def patch_megatron(without: Collection[str] = ()) -> None:
+    """The second half."""
     for patch in AFTER_IMPORT:
         if patch.__name__ not in without:
             patch()

@@ -26,8 +26,17 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("zero1", [False, True], ids=["", "zero1"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "zero1"),
+    [
+        # Under tensor parallelism without ZeRO-1 too with `make test-all`.
+        pytest.param(
+            layout, zero1, id=layout + "-zero1" * zero1, marks=[pytest.mark.slow] * (layout[:2] == "tp" and not zero1)
+        )
+        for layout in LAYOUTS
+        for zero1 in (False, True)
+    ],
+)
 def test_layout(run, layout, zero1):
     parallel, pipeline = LAYOUTS[layout]
     got = run(tiny(parallel={**parallel, "zero1": zero1}, pipeline=pipeline))
