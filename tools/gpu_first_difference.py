@@ -130,8 +130,9 @@ def compare(one: list[dict], other: list[dict]) -> None:
     for what in ("weights", "gradients"):
         rows = [{name: row for told in reversed(two) for name, row in told[what].items()} for two in (one, other)]
         print(what, distance(*rows))
-    for name in rows[0]:
-        print(f"  {distance({name: rows[0][name]}, {name: rows[1][name]})['all']:.2e} {name}")
+    for name, row in rows[0].items():
+        if row != rows[1][name]:
+            print(f"  {distance({name: row}, {name: rows[1][name]})['all']:.2e} {name}")
 
 
 def main() -> None:
