@@ -90,7 +90,7 @@ def index(
         print(json.dumps(dataclasses.asdict(found)))
         return
     how = f"built in {found.seconds:.1f} s" if found.seconds else "there already"
-    print(f"{found.cache}: {found.samples:,} samples, {found.gibibytes:.2f} GiB, {how}")
+    print(f"{found.cache}: {found.samples:,} samples, {found.gibibytes:.3g} GiB, {how}")
 
 
 @app.command()

@@ -20,7 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from gpu_schedules import LAYOUTS, SCHEDULES, Case, recipe_of
+from gpu_schedules import LAYOUTS, SCHEDULES, Case, batches_of, recipe_of
+from gpu_sketch import distance, sketch
 
 SECONDS_PER_CASE = 180
 
@@ -76,24 +77,14 @@ def on_rank(case: Case, options: argparse.Namespace) -> None:
 
     distributed.prepare_import(device, recipe)
     import torch
-    from gpu_schedules import sketch
-    from megatron.core import parallel_state
 
-    from dsv3_train.data import batches, datasets
     from dsv3_train.optim.schedules import Schedules
     from dsv3_train.training.assemble import assemble
-    from dsv3_train.training.step import forward_backward, micro_batches_per_step, needs_data
+    from dsv3_train.training.step import forward_backward
 
     distributed.start(recipe, device)
     schedules, trainer = Schedules(recipe), assemble(recipe, device, drawn_on=device)
-    size = schedules.at(0).batch_size
-    data, _ = datasets.build(recipe, options.work / "cache", size, 0)
-    ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    reader = batches.micro_batches(data, [(0, size)], recipe.training.micro_batch_size, *ranks)
-    count = micro_batches_per_step(recipe, size)
-    mine = None
-    if needs_data(trainer):
-        mine = [{name: x.to(device) for name, x in next(reader).items()} for _ in range(count)]
+    mine, count = next(batches_of(trainer, options, device, 1))
     seen: list[tuple[Seen, Any]] = []
     weights = sketch(trainer, device, "data")
     watch(trainer, seen)
@@ -113,8 +104,6 @@ def on_rank(case: Case, options: argparse.Namespace) -> None:
 
 def compare(one: list[dict], other: list[dict]) -> None:
     """Print the first outputs that differ, by micro-batch, and how far gradients are apart by parameter."""
-    from gpu_schedules import distance
-
     print("losses", one[0]["loss"], other[0]["loss"])
     have = {tuple(key): sums for told in other for key, sums in told["outputs"]}
     for told in one:
@@ -140,10 +129,7 @@ def main() -> None:
     from dsv3_train.runtime.launch import launch
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [
-        f"pp{p}_ep{e}_{s.replace(' ', '_')}" for layouts in LAYOUTS.values() for p, e in layouts for s in SCHEDULES
-    ]
-    parser.add_argument("cases", nargs="+", choices=sorted(set(names)), metavar="CASE", help=", ".join(names))
+    parser.add_argument("cases", nargs="+", metavar="CASE", help="the first is what the others are compared with")
     parser.add_argument("--gpus", type=int, choices=sorted(LAYOUTS), required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("/tmp/gpu_schedules"), help="data")

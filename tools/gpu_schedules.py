@@ -10,10 +10,9 @@ first, should the time run short; DIR/results.json is written anew after every c
 is timed and traced routes tokens evenly (`dsv3 profile run --balanced`). Cases that overlap pairs run in the
 environment of recipes that do (NCCL_MAX_CTAS), the others without.
 
-Gradients of step 1 are compared by products with random vectors: the mean square of their differences is the square of
-the gradients' distance, without keeping gigabytes of them. The yardstick is one schedule run twice: 1F1B by itself, and
-again ("1f1b again") in the processes of the cases that overlap pairs, with which those are compared, for another
-process can choose other kernels, whose rounding sends tokens to other experts.
+Gradients of step 1 are compared too (gpu_sketch.py). The yardstick is one schedule run twice: 1F1B by itself, and again
+("1f1b again") in the processes of the cases that overlap pairs, with which those are compared, so that nothing that
+their processes and environment do is taken for the schedule's.
 """
 
 from __future__ import annotations
@@ -22,23 +21,22 @@ import argparse
 import faulthandler
 import gc
 import json
-import math
 import multiprocessing
 import os
 import shutil
-import statistics
 import sys
 import time
 import traceback
-import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from gpu_sketch import distance, sketch
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "distributed"))
 
-PROBES = 8
 STEPS = 6
 SECONDS_PER_CASE = 60
 """What is left when the first case begins; later ones begin when there is as much as the longest has taken."""
@@ -138,37 +136,22 @@ def on_rank(cases: list[Case], options: argparse.Namespace) -> None:
 def run_case(case: Case, recipe: Any, device: str, options: argparse.Namespace, began: float) -> None:
     """Losses of some steps, gradients of the first, then `dsv3 profile run`'s measurements; DIR/case.json at last."""
     import torch
-    from megatron.core import parallel_state
 
-    from dsv3_train.data import batches, datasets
     from dsv3_train.optim.schedules import Schedules
     from dsv3_train.training.assemble import assemble
     from dsv3_train.training.profile import Plan, RandomSteps, measure
-    from dsv3_train.training.step import forward_backward, micro_batches_per_step, needs_data, update
+    from dsv3_train.training.step import forward_backward, update
 
     where, leader = options.work / str(case), torch.distributed.get_rank() == 0
     where.mkdir(parents=True, exist_ok=True)
     before = torch.cuda.memory_allocated() / 2**30 if device == "cuda" else 0.0  # what earlier cases left
     schedules, trainer = Schedules(recipe), assemble(recipe, device, drawn_on=device)
-    size = schedules.at(0).batch_size
-    data, _ = datasets.build(recipe, options.work / "cache", STEPS * size, 0)
-    reader = batches.micro_batches(
-        data,
-        [(step * size, size) for step in range(STEPS)],
-        recipe.training.micro_batch_size,
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_data_parallel_world_size(),
-    )
-    count = micro_batches_per_step(recipe, size)
     losses, first, sketched = [], None, None
-    for step in range(STEPS):
-        mine = None
-        if needs_data(trainer):
-            mine = [{name: x.to(device) for name, x in next(reader).items()} for _ in range(count)]
-        values = schedules.at(step * size)
-        losses.append(forward_backward(trainer, values, mine, count).loss)
+    for step, mine in enumerate(batches_of(trainer, options, device, STEPS)):
+        values = schedules.at(step * schedules.at(0).batch_size)
+        losses.append(forward_backward(trainer, values, *mine).loss)
         if step == 0:
-            first, sketched = mine, sketch(trainer, device)
+            first, sketched = mine[0], sketch(trainer, device)
         update(trainer, values)
         if step == 0 and device == "cuda":
             torch.cuda.reset_peak_memory_stats()  # comparing takes copies
@@ -193,6 +176,29 @@ def run_case(case: Case, recipe: Any, device: str, options: argparse.Namespace, 
     release(trainer)
 
 
+def batches_of(
+    trainer: Any, options: argparse.Namespace, device: str, steps: int
+) -> Iterator[tuple[list[dict[str, Any]] | None, int]]:
+    """Of the first steps, with real text: this rank's micro-batches, None where no stage needs them; their number."""
+    from megatron.core import parallel_state
+
+    from dsv3_train.data import batches, datasets
+    from dsv3_train.optim.schedules import Schedules
+    from dsv3_train.training.step import micro_batches_per_step, needs_data
+
+    recipe = trainer.recipe
+    size = Schedules(recipe).at(0).batch_size
+    data, _ = datasets.build(recipe, options.work / "cache", steps * size, 0)
+    ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    numbers = [(step * size, size) for step in range(steps)]
+    reader = batches.micro_batches(data, numbers, recipe.training.micro_batch_size, *ranks)
+    count = micro_batches_per_step(recipe, size)
+    for _ in range(steps):
+        wanted = range(count if needs_data(trainer) else 0)
+        mine = [{name: x.to(device) for name, x in next(reader).items()} for _ in wanted]
+        yield mine or None, count
+
+
 def release(trainer: Any) -> None:
     """Let go of the last micro-batch's graph, which routers and dispatchers keep, and with it, through the hooks of
     data parallelism, the whole model: a cycle through C++ that no collection finds."""
@@ -202,37 +208,6 @@ def release(trainer: Any) -> None:
                 for name, value in list(vars(holder).items()) if holder is not None else ():
                     if getattr(value, "grad_fn", None) is not None:
                         setattr(holder, name, None)
-
-
-def sketch(trainer: Any, device: str, what: str = "main_grad") -> dict[str, list[float]]:
-    """Of every piece of a parameter that this rank holds, its gradient's (or `data`'s) norm and products with random
-    vectors."""
-    import torch
-
-    from parity import pieces, unshard_gradients
-
-    unshard_gradients(trainer)
-    rows = {}
-    for key, _, place, values in pieces(trainer, lambda parameter: getattr(parameter, what).detach().float()):
-        name = f"{key} {place}"
-        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-        flat = values.reshape(-1)
-        probes = [flat @ torch.randn(flat.numel(), generator=generator, device=device) for _ in range(PROBES)]
-        rows[name] = torch.stack([flat.norm(), *probes]).tolist()
-    return rows
-
-
-def distance(one: dict[str, list[float]], other: dict[str, list[float]]) -> dict[str, Any]:
-    """Relative distance of two runs' gradients, of all together and of the parameter with the largest."""
-    if one.keys() != other.keys():
-        return {"all": math.nan, "largest": math.nan, "of": "the two runs have other parameters"}
-    squares = {
-        name: (statistics.fmean((a - b) ** 2 for a, b in zip(row[1:], other[name][1:], strict=True)), row[0] ** 2)
-        for name, row in one.items()
-    }
-    apart, norm = (sum(values) for values in zip(*squares.values(), strict=True))
-    worst, name = max((math.sqrt(a / n) if n else 0.0, name) for name, (a, n) in squares.items())
-    return {"all": math.sqrt(apart / norm), "largest": worst, "of": name}
 
 
 def figures_of(case: Case, options: argparse.Namespace) -> dict[str, Any]:
