@@ -44,19 +44,59 @@ def _rounded(y, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, LARGER: tl.conste
 
 
 @triton.jit
+def _code(y, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, MANTISSA: tl.constexpr, NAN: tl.constexpr):
+    """Of FP32 values the nearest codes without their signs, int32; SMALLEST is the format's smallest normal value.
+
+    In 32 bits throughout: a cast to FP8 or FP16 leaves halves of registers that nothing writes, and ptxas (12.8.93)
+    took the wrong one for a code.
+    """
+    rounded = tl.abs(_rounded(y, LARGEST, SMALLEST, 1.5 * (1 << (23 - MANTISSA))))
+    below = tl.full(y.shape, SMALLEST, tl.float32).to(tl.int32, bitcast=True) - (1 << 23)  # code 0, were it normal
+    normal = (rounded.to(tl.int32, bitcast=True) - below) >> (23 - MANTISSA)
+    subnormal = (rounded * ((1 << MANTISSA) / SMALLEST)).to(tl.int32)
+    return tl.where(y != y, NAN, tl.where(rounded < SMALLEST, subnormal, normal))
+
+
+@triton.jit
+def _value(code, SMALLEST: tl.constexpr, MANTISSA: tl.constexpr, NAN: tl.constexpr):
+    """The other way; codes from NAN on are NaN."""
+    below = tl.full(code.shape, SMALLEST, tl.float32).to(tl.int32, bitcast=True) - (1 << 23)
+    normal = ((code << (23 - MANTISSA)) + below).to(tl.float32, bitcast=True)
+    value = tl.where(code < (1 << MANTISSA), code.to(tl.float32) * (SMALLEST / (1 << MANTISSA)), normal)
+    return tl.where(code >= NAN, float("nan"), value)
+
+
+@triton.jit
+def _sign(x, at: tl.constexpr):
+    """FP32's sign as that bit of an int32."""
+    return ((x.to(tl.int32, bitcast=True) >> 31) & 1) << at
+
+
+@triton.jit
 def _e4m3(y):
-    """Codes of FP32 values. The cast alone would do, were it rounded alike everywhere."""
-    rounded = _rounded(y, 448.0, 0.015625, 1572864.0)  # 2^-6; 1.5 x 2^20
-    codes = rounded.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
-    return ((codes & 0x7F) | ((y.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
+    """Codes of FP32 values, int32 (`Format.encode`)."""
+    return _code(y, 448.0, 0.015625, 3, 0x7F) | _sign(y, 7)
+
+
+@triton.jit
+def _of_e4m3(codes):
+    return _signed(_value(codes & 0x7F, 0.015625, 3, 0x7F), codes >> 7)
 
 
 @triton.jit
 def _e5m6(y):
-    """12-bit codes of FP32 values, as `Format.encode`."""
-    rounded = _rounded(y, 65024.0, 6.103515625e-05, 196608.0)  # 2^-14; 1.5 x 2^17
-    half = rounded.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
-    return ((half & 0x7FFF) >> 4) | ((y.to(tl.int32, bitcast=True) >> 20) & 0x800)
+    """12-bit codes of FP32 values, int32."""
+    return _code(y, 65024.0, 6.103515625e-05, 6, 0x7E0) | _sign(y, 11)
+
+
+@triton.jit
+def _of_e5m6(codes):
+    return _signed(_value(codes & 0x7FF, 6.103515625e-05, 6, 0x7E0), codes >> 11)
+
+
+@triton.jit
+def _signed(x, sign):
+    return (x.to(tl.int32, bitcast=True) | (sign << 31)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -67,7 +107,7 @@ def _encode_e4m3(x_ptr, codes_ptr, exponents_ptr, rows, width, codes_stride, exp
     x = tl.load(x_ptr + at, there, other=0.0).to(tl.float32)
     field = _scale_field(_largest(x), 448.0)
     to = row[:, None].to(tl.int64) * codes_stride + tile * 128 + tl.arange(0, 128)[None, :]
-    tl.store(codes_ptr + to, _e4m3(x * _power(field)[:, None]), there)
+    tl.store(codes_ptr + to, _e4m3(x * _power(field)[:, None]).to(tl.uint8), there)
     tl.store(exponents_ptr + row.to(tl.int64) * exponents_stride + tile, (254 - field).to(tl.uint8), row < rows)
 
 
@@ -96,8 +136,8 @@ def _decode_e4m3(codes_ptr, exponents_ptr, out_ptr, rows, width, codes_stride, e
     there = (row < rows)[:, None]
     field = tl.load(exponents_ptr + row.to(tl.int64) * exponents_stride + tile, row < rows, other=127).to(tl.int32)
     of = row[:, None].to(tl.int64) * codes_stride + tile * 128 + tl.arange(0, 128)[None, :]
-    codes = tl.load(codes_ptr + of, there, other=0)
-    values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * _power(field)[:, None]
+    codes = tl.load(codes_ptr + of, there, other=0).to(tl.int32)
+    values = _of_e4m3(codes) * _power(field)[:, None]
     tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), there)
 
 
@@ -113,10 +153,8 @@ def _decode_e5m6(codes_ptr, exponents_ptr, out_ptr, rows, width, codes_stride, e
     one = tl.load(codes_ptr + lower, there, other=0).to(tl.int32) | ((above & 0xF) << 8)
     other = tl.load(codes_ptr + lower + 64, there, other=0).to(tl.int32) | ((above >> 4) << 8)
     at = row[:, None].to(tl.int64) * width + tile * 128 + column[None, :]
-    one = (one << 4).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * power
-    other = (other << 4).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * power
-    tl.store(out_ptr + at, one.to(out_ptr.dtype.element_ty), there)
-    tl.store(out_ptr + at + 64, other.to(out_ptr.dtype.element_ty), there)
+    tl.store(out_ptr + at, (_of_e5m6(one) * power).to(out_ptr.dtype.element_ty), there)
+    tl.store(out_ptr + at + 64, (_of_e5m6(other) * power).to(out_ptr.dtype.element_ty), there)
 
 
 _ENCODE, _DECODE = {E4M3: _encode_e4m3, E5M6: _encode_e5m6}, {E4M3: _decode_e4m3, E5M6: _decode_e5m6}

@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 import transformer_engine.pytorch  # noqa: E402, F401  (loads the next)
 
 import transformer_engine_torch as tex  # noqa: E402  isort: skip
+from matrices import CASES, matrix  # noqa: E402
 from transformer_engine.pytorch import Float8BlockQuantizer  # noqa: E402
 from transformer_engine.pytorch.cpp_extensions import general_gemm  # noqa: E402
 
@@ -39,40 +40,12 @@ def codes_and_scales(x_mk, tile, power_of_2: bool):
     return codes, scales[:, :rows].t() if tile == TILE else scales[:, : -(-columns // 128)]
 
 
-def _data(name: str, dtype) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(len(name))
-    x = torch.randn(512, 1024, generator=generator)
-    if name == "outliers":
-        x[torch.rand(x.shape, generator=generator) < 1e-3] *= 1e4
-    elif name == "zeros":
-        x.zero_()
-    elif name == "zero tiles":
-        x[:128, :256] = 0
-        x[200, 128:640] = 0
-        x[:, 1000] = 0
-    elif name == "subnormal":  # of FP32 and BF16, in whole tiles and among others
-        x[:256] *= 1e-39
-        x[256:, ::3] *= 1e-40
-    elif name == "tiny":
-        x *= 1e-30
-    elif name == "huge":
-        x *= 1e37
-    elif name == "6 decades per token":
-        x *= torch.logspace(-3, 3, 512)[torch.randperm(512, generator=generator), None]
-    elif name == "not finite":
-        x[3, 5], x[130, 700], x[400, 1023] = float("inf"), float("nan"), float("-inf")
-    return x.to(dtype).cuda()
-
-
-CASES = ["normal", "outliers", "zeros", "zero tiles", "subnormal", "tiny", "huge", "6 decades per token"]
-
-
 @pytest.mark.parametrize("power_of_2", [True, False], ids=["power of 2", "fp32"])
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32 source"])
 def test_codes_and_scales(name, tile, power_of_2, dtype):
-    x = _data(name, dtype)
+    x = matrix(name, dtype)
     ours = quantise(x, tile, power_of_2=power_of_2)
     codes, scales = codes_and_scales(x, tile, power_of_2)
     differ = (ours.scale_inverse != scales).sum().item(), (ours.codes_mk.view(torch.uint8) != codes).sum().item()
@@ -146,21 +119,3 @@ def test_imbalanced_gradients(power_of_2):
         assert row[0][0] < 0.06
         assert (row[6][0] < 0.06) == (name == "1x128")
         assert name == "1x128" or row[6][0] > 0.5
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32 source"])
-@pytest.mark.parametrize("fmt", ["e4m3", "e5m6"])
-@pytest.mark.parametrize("name", CASES)
-def test_tiles(name, fmt, dtype):
-    """What travels and what waits, in the bits that the CPU makes."""
-    from dsv3_train.precision import tiles
-    from dsv3_train.precision.formats import E5M6
-    from dsv3_train.precision.tiles import to_tiles
-
-    assert tiles._kernels() is not None
-    x = _data(name, dtype)[:509].contiguous()  # any number of tokens travels
-    kind = E4M3_FORMAT if fmt == "e4m3" else E5M6
-    got, expected = to_tiles(x, kind), to_tiles(x.cpu(), kind)
-    assert torch.equal(got.codes.cpu(), expected.codes)
-    assert torch.equal(got.exponents.cpu(), expected.exponents)
-    assert torch.equal(got.values(dtype).cpu(), expected.values(dtype))
