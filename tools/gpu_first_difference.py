@@ -14,6 +14,7 @@ import itertools
 import json
 import multiprocessing
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from gpu_sketch import distance, sketch
 
 SECONDS_PER_CASE = 180
 
-Seen = tuple[str, int, tuple[int, int], int]
-"""A module's global name, the data-parallel rank, a micro-batch's direction and place in it, and which output."""
+Seen = tuple[str, int, int, int, int]
+"""A module's global name, the data-parallel rank, the pipeline's direction, which call of the module, and which output."""
 
 
 def checksum(x: Any) -> Any:
@@ -57,7 +58,7 @@ def watch(trainer: Any, into: list[tuple[Seen, Any]]) -> None:
             call = next(calls)
             for index, x in enumerate(output if isinstance(output, tuple) else (output,)):
                 if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel() > 0:
-                    into.append(((name, rank, (direction, call), index), checksum(x)))
+                    into.append(((name, rank, direction, call, index), checksum(x)))
 
         return note
 
@@ -89,10 +90,13 @@ def on_rank(case: Case, options: argparse.Namespace) -> None:
     weights = sketch(trainer, device, "data")
     watch(trainer, seen)
     loss = forward_backward(trainer, schedules.at(0), mine, count).loss
-    half = (count + 1) // 2
+    both = len({model.place.direction for model in trainer.models}) == 2
+    half = (count + 1) // 2 if both else count
+    calls = Counter((name, direction) for name, direction, _ in {(key[0], *key[2:4]) for key, _ in seen})
     outputs = [
-        ([name, rank, direction * half + call, index], sums.tolist())
-        for (name, rank, (direction, call), index), sums in seen
+        ([name, rank, direction * half + call // each, f"{call % each}.{index}"], sums.tolist())
+        for (name, rank, direction, call, index), sums in seen
+        for each in [calls[name, direction] // (count - half if direction else half)]
     ]
     told = {"loss": loss, "weights": weights, "outputs": outputs, "gradients": sketch(trainer, device)}
     everyone: list[Any] = [None] * options.gpus
