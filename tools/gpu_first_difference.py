@@ -27,7 +27,7 @@ from gpu_sketch import distance, sketch
 SECONDS_PER_CASE = 180
 
 Seen = tuple[str, int, int, int, int]
-"""A module's global name, the data-parallel rank, the pipeline's direction, which call of the module, and which output."""
+"""A module's global name, the data-parallel rank, the pipeline's direction, the module's call, and which output."""
 
 
 def checksum(x: Any) -> Any:
