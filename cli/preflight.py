@@ -19,7 +19,8 @@ def preflight(
 ) -> None:
     """Check nodes, versions, computation and links as a recipe uses them; a run does so too, in its first seconds.
 
-    Processes as for `dsv3 train`. Exit code 1: something is slow; 2: a rank is missing, a node broken or different.
+    Processes as for `dsv3 train`. Exit code 1: something is slow, or a GPU
+    computes otherwise than the others; 2: a rank is missing, a node broken or different.
 
     Example: dsv3 preflight smoke_parallel
     """
@@ -33,7 +34,7 @@ def _print_json(report: Report) -> None:
     from dataclasses import asdict
 
     ranks = [{**asdict(one), **asdict(two)} for one, two in zip(report.everyone, report.measured, strict=True)]
-    print(json.dumps({"ranks": ranks, "slow": report.slow}))
+    print(json.dumps({"ranks": ranks, "findings": report.findings}))
 
 
 def _print_table(report: Report) -> None:
@@ -53,7 +54,7 @@ def _print_table(report: Report) -> None:
     console.print(
         "the same on all: " + ", ".join(f"{name} {version}" for name, version in versions.items()), soft_wrap=True
     )
-    for line in report.slow:
-        console.print(f"slow: {line}", style="yellow", markup=False, soft_wrap=True)
-    if not report.slow:
-        console.print("nothing is slow", style="green")
+    for line in report.findings:
+        console.print(line, style="yellow", markup=False, soft_wrap=True)
+    if not report.findings:
+        console.print("nothing is slow, and all compute the same bits", style="green")

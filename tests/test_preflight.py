@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsv3_train.errors import UserError
 from dsv3_train.runtime import preflight, preflight_run
 from dsv3_train.runtime.exits import HUNG
 from dsv3_train.runtime.launch import launch
-from dsv3_train.runtime.preflight import Measurement, gpu_faults, node_faults, slow
+from dsv3_train.runtime.preflight import Measurement, different, gpu_faults, node_faults, slow
 from dsv3_train.runtime.rendezvous import Presence, differences, meet
 
 
@@ -83,7 +84,7 @@ def test_node_faults(tmp_path, monkeypatch):
 
 
 def measured(rank: int, **changes) -> Measurement:
-    base = {"gemm_tflops": 600.0, "all_reduce": 0.01, "all_to_all": 0.01, "pipeline": 0.01}
+    base = {"gemm_tflops": 600.0, "product": 5, "all_reduce": 0.01, "all_to_all": 0.01, "pipeline": 0.01}
     group = [rank // 2 * 2, rank // 2 * 2 + 1]
     return Measurement(rank, f"n{rank // 2}", expert_group=group, next_stage=(rank + 2) % 8, **{**base, **changes})
 
@@ -100,6 +101,21 @@ def test_slow_ones_among_many():
     assert slow(link, 1.5) == ["from rank 6 on n3 to rank 0: a message takes 50.0 ms, 10.0 are usual here"]
 
 
+def test_who_computes_otherwise():
+    assert different([measured(rank) for rank in range(8)]) == []
+    wrong = [measured(rank, product=4 if rank in (0, 6) else 5) for rank in range(8)]
+    assert different(wrong) == [
+        "rank 0 on n0: a matrix product has other bits than on rank 1 on n0",
+        "rank 6 on n3: a matrix product has other bits than on rank 1 on n0",
+    ]
+
+
+def one_bit_wrong(device: str, square=preflight._square) -> torch.Tensor:
+    a = square(device)
+    a.view(torch.int32)[200, 100] ^= 1 << 20
+    return a
+
+
 def twenty_times_slower(device: str, fast=preflight.gemm_tflops, least=preflight._least) -> float:
     preflight._least = lambda device, work, times: least(device, lambda: [work() for _ in range(20)], times)
     try:
@@ -109,7 +125,7 @@ def twenty_times_slower(device: str, fast=preflight.gemm_tflops, least=preflight
 
 
 def four_with_a_slow_one(folder: Path) -> None:
-    """Four processes in the groups of a run; on one of them products take twenty times as long."""
+    """Four processes in the groups of a run; on one of them products take twenty times as long, another's are wrong."""
     from dsv3_train.runtime import distributed
     from parity import tiny
 
@@ -120,8 +136,10 @@ def four_with_a_slow_one(folder: Path) -> None:
     def work() -> None:
         if os.environ["RANK"] == "2":
             preflight.gemm_tflops = twenty_times_slower
-        slow = preflight_run.join(recipe, "cpu", folder)
-        (folder / os.environ["RANK"]).write_text("\n".join(slow))
+        if os.environ["RANK"] == "1":
+            preflight._square = one_bit_wrong
+        found = preflight_run.join(recipe, "cpu", folder)
+        (folder / os.environ["RANK"]).write_text("\n".join(found))
         distributed.stop()
 
     launch(work, 4, "cpu")
@@ -161,10 +179,13 @@ def test_a_hang_is_ended_and_the_rank_named(tmp_path):
     assert (tmp_path / "hangs" / "1.txt").is_file()
 
 
-def test_slow_rank_is_named(tmp_path):
+def test_slow_and_wrong_ranks_are_named(tmp_path):
     done = in_a_process("four_with_a_slow_one", tmp_path)
     assert done.returncode == 0, done.stderr
     told = [Path(tmp_path / str(rank)).read_text() for rank in range(4)]
-    assert told[0].startswith("pre-flight: rank 2 on "), told
-    assert "matrix products" in told[0]
+    wrong, slowed = told[0].splitlines()
+    assert wrong.startswith("pre-flight: rank 1 on "), told
+    assert "a matrix product has other bits than on rank 0" in wrong
+    assert slowed.startswith("pre-flight: rank 2 on "), told
+    assert "matrix products" in slowed
     assert len(set(told)) == 1

@@ -1,4 +1,4 @@
-"""Before a run begins: is every node whole, are all the same, and is one of them, or a link between them, slow?"""
+"""Before a run begins: is every node whole, are all the same, does one compute otherwise, is one or a link slow?"""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,8 @@ class Measurement:
     rank: int
     host: str
     gemm_tflops: float
+    product: int
+    """Stands for the bits of a product of matrices that are the same on every rank."""
     all_reduce: float
     """Of one message over all ranks."""
     all_to_all: float
@@ -108,7 +111,7 @@ def measure(device: str) -> list[Measurement]:
     rank, world = dist.get_rank(), dist.get_world_size()
     dist.barrier()
     heartbeat.mark("pre-flight: matrix products")
-    tflops = gemm_tflops(device)
+    tflops, product = gemm_tflops(device), product_bits(device)
     heartbeat.mark("pre-flight: all-reduce of all ranks")
     dist.barrier()
     together = _least(device, lambda: dist.all_reduce(buffer))
@@ -134,7 +137,15 @@ def measure(device: str) -> list[Measurement]:
 
         along = _least(device, pass_on)
     mine = Measurement(
-        rank, platform.node(), tflops, together, to_all, dist.get_process_group_ranks(experts), along, following
+        rank,
+        platform.node(),
+        tflops,
+        product,
+        together,
+        to_all,
+        dist.get_process_group_ranks(experts),
+        along,
+        following,
     )
     everyone: list[Measurement] = [mine] * world
     dist.all_gather_object(everyone, mine)
@@ -142,10 +153,23 @@ def measure(device: str) -> list[Measurement]:
 
 
 def gemm_tflops(device: str) -> float:
-    """Rate of a square matrix product: 8192, BF16, on a GPU; 256, FP32, on a CPU, whose cores ranks may share."""
-    size, dtype, times = (8192, torch.bfloat16, 5) if device == "cuda" else (256, torch.float32, 50)
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / _least(device, lambda: a @ a, times) / 1e12
+    """Rate of a square matrix product."""
+    a = _square(device)
+    return 2 * len(a) ** 3 / _least(device, lambda: a @ a, 5 if device == "cuda" else 50) / 1e12
+
+
+def product_bits(device: str) -> int:
+    """A sum of the bits of that product: alike on all GPUs of one kind, if they are sound."""
+    a = _square(device)
+    bits = (a @ a).view(torch.int16 if a.dtype is torch.bfloat16 else torch.int32)
+    columns = bits.sum(0, dtype=torch.int64)
+    return int((columns * torch.arange(1, len(columns) + 1, device=device)).sum())
+
+
+def _square(device: str) -> torch.Tensor:
+    """The same numbers on every rank: 8192, BF16, on a GPU; 256, FP32, on a CPU, whose cores ranks may share."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (256, torch.float32)
+    return torch.randn(size, size, generator=torch.Generator(device).manual_seed(0), device=device, dtype=dtype)
 
 
 def _least(device: str, work: Callable[[], object], times: int = 5) -> float:
@@ -162,6 +186,13 @@ def _least(device: str, work: Callable[[], object], times: int = 5) -> float:
 def _wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def different(measured: list[Measurement]) -> list[str]:
+    """Ranks that compute otherwise than most, in words: a GPU, or what compiled for it, may be at fault."""
+    usual, _ = Counter(one.product for one in measured).most_common(1)[0]
+    example = next(one for one in measured if one.product == usual)
+    return [f"{one}: a matrix product has other bits than on {example}" for one in measured if one.product != usual]
 
 
 def slow(measured: list[Measurement], factor: float) -> list[str]:

@@ -28,11 +28,12 @@ class Report:
 
     everyone: list[Presence]
     measured: list[Measurement]
-    slow: list[str]
+    findings: list[str]
+    """What is slow, and who computes otherwise."""
 
 
 def join(recipe: Recipe, device: str, run_dir: Path) -> list[str]:
-    """Meet the other ranks and divide into groups; what is slow, in words, on every rank. Collective.
+    """Meet the other ranks and divide into groups; what was found, in words, on every rank. Collective.
 
     Raises:
         UserError: a rank is missing, a node is broken or has other versions: named.
@@ -41,7 +42,7 @@ def join(recipe: Recipe, device: str, run_dir: Path) -> list[str]:
         store, _ = _meet(recipe, Presence(int(os.environ["RANK"])))
         distributed.start(recipe, device, store)
         return []
-    return [f"pre-flight: {line}" for line in _check(recipe, device, run_dir, run_dir).slow]
+    return [f"pre-flight: {line}" for line in _check(recipe, device, run_dir, run_dir).findings]
 
 
 def run(ref: str, overrides: list[str], show: Callable[[Report], None]) -> None:
@@ -51,7 +52,7 @@ def run(ref: str, overrides: list[str], show: Callable[[Report], None]) -> None:
 
     Raises:
         UserError: as `join`; or the recipe is at fault.
-        SystemExit: something is slow (1).
+        SystemExit: something is slow, or a rank computes otherwise (1).
     """
     recipe = load(ref, overrides)
     device = distributed.device_of(recipe)
@@ -67,7 +68,7 @@ def run(ref: str, overrides: list[str], show: Callable[[Report], None]) -> None:
             shutil.rmtree(beside, ignore_errors=True)
             show(report)
         distributed.stop()
-        if report.slow:
+        if report.findings:
             raise SystemExit(1)
 
     launch(on_rank, recipe.parallel.world_size, device)
@@ -89,7 +90,8 @@ def _check(recipe: Recipe, device: str, run_dir: Path, watched: Path) -> Report:
         measured = preflight.measure(device)
     finally:
         watchdog.stop()
-    return Report(everyone, measured, preflight.slow(measured, recipe.faults.slow_factor))
+    findings = preflight.different(measured) + preflight.slow(measured, recipe.faults.slow_factor)
+    return Report(everyone, measured, findings)
 
 
 def _meet(recipe: Recipe, me: Presence) -> tuple[Store, list[Presence]]:
