@@ -12,6 +12,8 @@ from dsv3_train.precision.formats import E4M3, E5M6, Format
 
 _ROWS = 32
 """Of a program, each with its tile of 128."""
+_ANY_ROWS = triton.jit(do_not_specialize=["rows"])
+"""One program for any number of tokens, where Triton would compile more for 1 and for multiples of 16."""
 
 
 @triton.jit
@@ -99,7 +101,7 @@ def _signed(x, sign):
     return (x.to(tl.int32, bitcast=True) | (sign << 31)).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@_ANY_ROWS
 def _encode_e4m3(x_ptr, codes_ptr, exponents_ptr, rows, width, codes_stride, exponents_stride, ROWS: tl.constexpr):
     row, tile = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     at = row[:, None].to(tl.int64) * width + tile * 128 + tl.arange(0, 128)[None, :]
@@ -111,7 +113,7 @@ def _encode_e4m3(x_ptr, codes_ptr, exponents_ptr, rows, width, codes_stride, exp
     tl.store(exponents_ptr + row.to(tl.int64) * exponents_stride + tile, (254 - field).to(tl.uint8), row < rows)
 
 
-@triton.jit
+@_ANY_ROWS
 def _encode_e5m6(x_ptr, codes_ptr, exponents_ptr, rows, width, codes_stride, exponents_stride, ROWS: tl.constexpr):
     row, tile, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1), tl.arange(0, 64)
     at = row[:, None].to(tl.int64) * width + tile * 128 + column[None, :]
@@ -129,7 +131,7 @@ def _encode_e5m6(x_ptr, codes_ptr, exponents_ptr, rows, width, codes_stride, exp
     tl.store(exponents_ptr + row.to(tl.int64) * exponents_stride + tile, (254 - field).to(tl.uint8), row < rows)
 
 
-@triton.jit
+@_ANY_ROWS
 def _decode_e4m3(codes_ptr, exponents_ptr, out_ptr, rows, width, codes_stride, exponents_stride, ROWS: tl.constexpr):
     row, tile = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     at = row[:, None].to(tl.int64) * width + tile * 128 + tl.arange(0, 128)[None, :]
@@ -141,7 +143,7 @@ def _decode_e4m3(codes_ptr, exponents_ptr, out_ptr, rows, width, codes_stride, e
     tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), there)
 
 
-@triton.jit
+@_ANY_ROWS
 def _decode_e5m6(codes_ptr, exponents_ptr, out_ptr, rows, width, codes_stride, exponents_stride, ROWS: tl.constexpr):
     row, tile, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1), tl.arange(0, 64)
     there = (row < rows)[:, None]

@@ -104,21 +104,19 @@ def _empty_message(x_th: torch.Tensor) -> torch.Tensor:
 
 def _kernels_for(x_th: torch.Tensor, fmt: Format, message: bool = False) -> ModuleType | None:
     """precision/kernels.py for `x_th` and its tiles, those of a message or not."""
-    rows, width = x_th.shape
-    if not x_th.is_cuda or not x_th.numel() or width % _LENGTH:
+    if not x_th.is_cuda or not x_th.numel() or x_th.size(1) % _LENGTH:
         return None
-    # Triton makes one program for a single row, one for multiples of 16, and one for all others.
-    return _checked(fmt, x_th.dtype, 1 if rows == 1 else 64 if rows % 16 == 0 else 63, width, message)
+    return _checked(fmt, x_th.dtype, x_th.size(1), message)
 
 
 @functools.cache
-def _checked(fmt: Format, dtype: torch.dtype, rows: int, width: int, message: bool) -> ModuleType | None:
+def _checked(fmt: Format, dtype: torch.dtype, width: int, message: bool) -> ModuleType | None:
     """precision/kernels.py, if what it makes of a sample here are the reference's bits.
 
-    Of a sample for which Triton makes the same programs: by their dtype, and by which sizes and strides are multiples
-    of 16. ptxas has compiled one of these wrongly, and the others not (see kernels.py).
+    Of a sample for which Triton makes the same programs: one for each dtype, and for which strides are multiples of 16.
+    ptxas has compiled one of these wrongly, and the others not (see kernels.py).
     """
-    generator = torch.Generator().manual_seed(0)
+    generator, rows = torch.Generator().manual_seed(0), 63
     x = torch.randn(rows, width, generator=generator) * torch.logspace(-9, 9, rows)[:, None]
     x[-1, :_LENGTH] = 0.0
     x = x.to(dtype)

@@ -68,7 +68,7 @@ def program(name: str, whole: bool, dtype: torch.dtype) -> str:
     plain = "*bf16" if dtype is torch.bfloat16 else "*fp32"
     types = {"x_ptr": plain, "out_ptr": plain, "codes_ptr": "*u8", "exponents_ptr": "*u8", "ROWS": "constexpr"}
     signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
-    of_16 = {"x_ptr", "out_ptr", "codes_ptr", "exponents_ptr", "width"} | ({"rows", "codes_stride"} if whole else set())
+    of_16 = {"x_ptr", "out_ptr", "codes_ptr", "exponents_ptr", "width"} | ({"codes_stride"} if whole else set())
     places = {argument: place for place, argument in enumerate(kernel.arg_names)}
     hints = {(places[argument],): [["tt.divisibility", 16]] for argument in of_16 & set(places)}
     source = ASTSource(fn=kernel, signature=signature, constexprs={(places["ROWS"],): 32}, attrs=hints)
