@@ -64,8 +64,8 @@ class _Save:
     writer: FileSystemWriterAsync
     contents: Any
     """torch's `Metadata`; on rank 0."""
-    process: multiprocessing.Process | None = None
-    pipe: Connection | None = None
+    process: multiprocessing.process.BaseProcess
+    pipe: Connection
     written: _Written | None = None
 
 
@@ -73,8 +73,8 @@ class CheckpointWriter:
     """Saves sharded states under `root`, keeping the newest `keep_last`.
 
     A checkpoint is written under another name and renamed when every rank is done, so that a run never
-    finds half of one. Asynchronous saving forks one writer per rank, from memory as it is at the call;
-    `poll` must be called on all ranks now and then (the loop does, every step), `finish` at the end.
+    finds half of one. One writer per rank is forked, from memory as it is at the call; saves that are not asynchronous
+    wait for it. `poll` must be called on all ranks now and then (the loop does, every step), `finish` at the end.
     What cannot be written, on whichever rank, is told to `failed`, removed, and older checkpoints stay.
     """
 
@@ -105,6 +105,8 @@ class CheckpointWriter:
         self._stood_still, self._whole = 0.0, False
         with self._standing_still():
             self._begin(state(), step)
+        if not self.asynchronous:
+            self.finish()
 
     @contextlib.contextmanager
     def _standing_still(self) -> Iterator[None]:
@@ -128,18 +130,13 @@ class CheckpointWriter:
         writer, contents = _Plan(*_FORMAT, thread_count=1).async_save(sharded, unfinished)  # type: ignore[misc]
         # From here on nothing depends on the state: on a GPU, copies; on a CPU, the fork's own memory.
         buckets = FileSystemWriterAsync.preload_tensors(writer.write_buckets) if writer.write_buckets else []
-        self._save = _Save(step, unfinished, writer, contents)
         to_write = (unfinished, writer.transforms, buckets, common if self._rank == 0 else None)
-        if self.asynchronous:
-            ours, theirs = multiprocessing.Pipe(duplex=False)
-            context = multiprocessing.get_context("fork")
-            process = context.Process(target=_write_for_parent, args=(theirs, os.getpid(), *to_write), daemon=True)
-            process.start()
-            theirs.close()
-            self._save.process, self._save.pipe = process, ours  # type: ignore[assignment]
-        else:
-            self._save.written = _write(*to_write)
-            self._complete()
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=_write_for_parent, args=(theirs, os.getpid(), *to_write), daemon=True)
+        process.start()
+        theirs.close()
+        self._save = _Save(step, unfinished, writer, contents, process, ours)
 
     def poll(self) -> None:
         """Complete a save whose writers are done on all ranks. Collective while one is under way."""
@@ -164,7 +161,7 @@ class CheckpointWriter:
         """Take what this rank's writer has to tell, if it is done within so many seconds."""
         save = self._save
         assert save is not None
-        if save.written is not None or save.pipe is None or save.process is None:
+        if save.written is not None:
             return
         done = save.pipe.poll(0 if seconds is None else seconds)
         before = None
@@ -225,7 +222,7 @@ class CheckpointWriter:
         return True
 
 
-def _read_and_written(process: multiprocessing.Process) -> str:
+def _read_and_written(process: multiprocessing.process.BaseProcess) -> str:
     """What Linux has counted of a process's input and output; empty where it does not say."""
     try:
         return Path(f"/proc/{process.pid}/io").read_text()

@@ -1,15 +1,16 @@
-"""A checkpoint is condemned for what is in it, not for what one machine reads of it."""
+"""A checkpoint is condemned for what is in it, not for what one machine reads of it; a slow save is not a hang."""
 
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dsv3_train.checkpoint import checksums
-from dsv3_train.runtime import distributed
+from dsv3_train.runtime import distributed, heartbeat
 from dsv3_train.runtime.launch import launch
 from parity import tiny
 
@@ -64,3 +65,33 @@ def test_verdict_of_two_ranks(tmp_path, damaged, reads_as: Callable[[Path], str]
     texts = [(tmp_path / str(rank)).read_text() for rank in range(2)]
     assert texts[0] == texts[1]
     assert texts[0].startswith(said.format(path=path, host="HOST"))
+
+
+def test_a_save_that_training_waits_for_is_no_hang(tmp_path):
+    """A disk that writes on, slowly: heartbeats go on too; and the checkpoint is whole when `save` returns."""
+    distributed.prepare_import("cpu")
+    from dsv3_train.checkpoint import save  # before forking
+
+    def slowly(directory: Path, *to_write, write=save._write):
+        for second in range(3):
+            (directory.parent / "slow").write_text(str(second))
+            time.sleep(1)
+        return write(directory, *to_write)
+
+    def work() -> None:
+        import torch
+        from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+        distributed.start(tiny(parallel={"world_size": 2}), "cpu")
+        rank = torch.distributed.get_rank()
+        beat, save._write = heartbeat.start(tmp_path / "heartbeats", rank), slowly
+        saved: list[Path] = []
+        checkpoints = save.CheckpointWriter(tmp_path / "all", 1, False, lambda path, _: saved.append(path), print)
+        tensor = ShardedTensor.from_rank_offsets("x", torch.arange(4.0), (0, rank, 2))
+        checkpoints.save(lambda: {"x": tensor, "position": {"step": 1}}, 1)
+        (tmp_path / str(rank)).write_text(f"{beat.marks > 2} {[path.name for path in saved]}")
+        distributed.stop()
+
+    launch(work, 2, "cpu")
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["True ['step_00000001']", "True []"]
+    assert checksums.fault(tmp_path / "all" / "step_00000001") is None
