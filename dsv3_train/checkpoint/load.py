@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dsv3_train.checkpoint import checksums
 from dsv3_train.checkpoint.directory import DAMAGED, check_safe, complete, damaged, set_aside, sweep
+from dsv3_train.checkpoint.read_once import ReadOnce
 from dsv3_train.checkpoint.state import (
     Guarded,
     Position,
@@ -149,9 +150,11 @@ def load_training(
         UserError: not a checkpoint, damaged, or of another model.
     """
     common = _common(path)
+    # On one node the others find in memory what one has read.
+    once = recipe.parallel.world_size > recipe.parallel.gpus_per_node
     if "optimizer" not in common:  # weights alone, as `dsv3 convert from-hf` leaves them
         refuse_rounded_masters(recipe, path)
-        load_weights(path, chunks)
+        load_weights(path, chunks, once)
         return Position(), Guarded(), begin_from_weights(optimizer, ema)
     notes = []
     same_layout = common["topology"] == topology(recipe)
@@ -162,7 +165,7 @@ def load_training(
     if ema is not None and not any(key.startswith("ema.") for key in saved):
         del state["ema"]
         notes.append("the checkpoint has no parameter average: it starts anew from the parameters")
-    loaded = _load(path, state, saved)
+    loaded = _load(path, state, saved, once)
     set_model_state(chunks, loaded)
     settings = [{name: group[name] for name in ("betas", "eps")} for group in optimizer.param_groups]
     optimizer.load_state_dict(loaded["optimizer"])
@@ -206,15 +209,18 @@ def refuse_rounded_masters(recipe: Recipe, path: Path) -> None:
         )
 
 
-def load_weights(path: Path, chunks: list[GPTModel]) -> Position:
+def load_weights(path: Path, chunks: list[GPTModel], once: bool = False) -> Position:
     """Put a checkpoint's weights and routing biases into `chunks`. Collective.
+
+    Args:
+        once: data-parallel ranks share the reading (checkpoint/read_once.py).
 
     Raises:
         UserError: not a checkpoint, damaged, or of another model.
     """
     refuse_damaged(path)
     common = _common(path)
-    loaded = _load(path, dict(model_state(chunks)), dist_checkpointing.load_tensors_metadata(str(path)))
+    loaded = _load(path, dict(model_state(chunks)), dist_checkpointing.load_tensors_metadata(str(path)), once)
     set_model_state(chunks, loaded)
     return Position(**common["position"])
 
@@ -229,7 +235,7 @@ def _common(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}/common.pt: cannot be read ({type(error).__name__}: {error})") from None
 
 
-def _load(path: Path, state: dict, saved: dict[str, ShardedTensor]) -> dict:
+def _load(path: Path, state: dict, saved: dict[str, ShardedTensor], once: bool) -> dict:
     """Load after a check, tensor by tensor, that the checkpoint has what `state` asks for, in that shape."""
     faults = []
     for entry in nested_values(state):
@@ -246,7 +252,7 @@ def _load(path: Path, state: dict, saved: dict[str, ShardedTensor]) -> dict:
         raise UserError(f"{path}: a checkpoint of another model: {faults[0]}{more}; check the recipe's model section")
     heartbeat.mark(f"loading of {path.name}")
     try:
-        return dist_checkpointing.load(state, str(path))
+        return dist_checkpointing.load(state, str(path), ReadOnce(path) if once else None)
     except torch.OutOfMemoryError:  # a RuntimeError too, and nothing that the checkpoint can help
         raise
     except (CheckpointException, CheckpointingException, OSError, EOFError, RuntimeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from pathlib import Path
@@ -158,6 +159,55 @@ def test_another_layout(data, tmp_path, begun, resumed):
     assert [moved[step]["batch_size"] for step in moved] == [whole[step]["batch_size"] for step in whole]
     for step in whole:
         assert moved[step]["loss"] == pytest.approx(whole[step]["loss"], rel=1e-5), step
+
+
+def test_data_parallel_ranks_of_several_nodes_read_once(data, tmp_path):
+    """What they share, of another layout's checkpoint: the same bits, for less than half of the bytes read.
+
+    Dense layers and their optimizer states are the same on four ranks, experts on two.
+    """
+
+    def leg(layout: str, **more):
+        parallel, pipeline, _ = LAYOUTS[layout]
+        changes = {"parallel": {**parallel, **more, "zero1": True}, "pipeline": pipeline}
+        return recipe(
+            data, tmp_path, model={"vocab_size": 512, "hidden_size": 256}, training={"micro_batch_size": 1}, **changes
+        )
+
+    def bytes_read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    def on_rank() -> None:
+        from megatron.core.dist_checkpointing.dict_utils import nested_values
+        from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+        from dsv3_train.checkpoint.load import load_training
+        from dsv3_train.checkpoint.state import training_state
+        from dsv3_train.training.assemble import assemble
+
+        def load(per_node: int) -> tuple[int, list]:
+            settings = leg("ep2", world_size=4, gpus_per_node=per_node)
+            trainer = assemble(settings, "cpu")
+            whole, before = (trainer.models, trainer.optimizer, None), bytes_read()
+            position, guarded, _ = load_training(tmp_path / "checkpoints" / "step_00000003", settings, *whole)
+            read = bytes_read() - before
+            state = training_state(settings, position, guarded, *whole, loading=False, with_random_state=False)
+            return read, [x for x in nested_values(state) if isinstance(x, ShardedTensor)]
+
+        distributed.start(leg("ep2", world_size=4), "cpu")
+        (read, expected), (shared, got) = load(4), load(2)
+        differing = [x.key for x, y in zip(expected, got, strict=True) if not x.data.equal(y.data)]
+        kinds = sum("exp_avg_sq" in x.key for x in got), len(got)
+        (tmp_path / os.environ["RANK"]).write_text(json.dumps([read, shared, differing, kinds]))
+        distributed.stop()
+
+    run(leg("pp2_ep2"), stop_after=3)
+    in_processes(on_rank, 4)
+    for rank in "0123":
+        read, shared, differing, (moments, all_of) = json.loads((tmp_path / rank).read_text())
+        assert differing == []
+        assert all_of > moments > 10
+        assert shared < read / 2
 
 
 # Two ranks of a pipeline: 1F1B, and both forms of DualPipe, uneven; then one process.
