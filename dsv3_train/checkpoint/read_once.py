@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-from megatron.core.dist_checkpointing.strategies.base import LoadShardedStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from dsv3_train.runtime import pipeline_groups
 
 
 class ReadOnce(FullyParallelLoadStrategyWrapper):
@@ -21,17 +22,16 @@ class ReadOnce(FullyParallelLoadStrategyWrapper):
     """
 
     def __init__(self, path: Path) -> None:
-        base: LoadShardedStrategy = get_default_load_sharded_strategy(str(path))
-        super().__init__(base, parallel_state.get_data_parallel_group(with_context_parallel=True))
+        copies = pipeline_groups.replicas()
+        groups = copies.groups if copies else ProcessGroupCollection.use_mpu_process_groups()
+        super().__init__(get_default_load_sharded_strategy(str(path)), groups.dp_cp)
+        self._by_experts = FullyParallelLoadStrategyWrapper(self.base_strategy, groups.expt_dp)
 
     def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> dict[str, Any]:
         """As `LoadShardedStrategy.load`. Collective over all ranks."""
         objects, tensors = extract_matching_values(sharded_state_dict, lambda x: isinstance(x, ShardedObject))
         experts, others = extract_matching_values(tensors, lambda x: ".experts." in x.key)
         loaded = self.base_strategy.load(objects, checkpoint_dir)  # each is one rank's alone
-        by_experts = FullyParallelLoadStrategyWrapper(
-            self.base_strategy, parallel_state.get_expert_data_parallel_group()
-        )
-        merge(loaded, by_experts.load(experts, checkpoint_dir))
+        merge(loaded, self._by_experts.load(experts, checkpoint_dir))
         merge(loaded, super().load(others, checkpoint_dir))
         return loaded

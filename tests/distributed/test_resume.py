@@ -164,14 +164,18 @@ def test_another_layout(data, tmp_path, begun, resumed):
 def test_data_parallel_ranks_of_several_nodes_read_once(data, tmp_path):
     """What they share, of another layout's checkpoint: the same bits, for less than half of the bytes read.
 
-    Dense layers and their optimizer states are the same on four ranks, experts on two.
+    In DualPipe dense layers and their optimizer states are the same on four ranks here, experts on two.
     """
 
-    def leg(layout: str, **more):
-        parallel, pipeline, _ = LAYOUTS[layout]
-        changes = {"parallel": {**parallel, **more, "zero1": True}, "pipeline": pipeline}
+    def leg(layout: str, per_node: int = 8, **pipeline):
+        parallel, one, _ = LAYOUTS[layout]
         return recipe(
-            data, tmp_path, model={"vocab_size": 512, "hidden_size": 256}, training={"micro_batch_size": 1}, **changes
+            data,
+            tmp_path,
+            model={"vocab_size": 512, "hidden_size": 256},
+            parallel={**parallel, "zero1": True, "gpus_per_node": per_node},
+            pipeline={**one, **pipeline},
+            training={"micro_batch_size": 1},
         )
 
     def bytes_read() -> int:
@@ -186,7 +190,7 @@ def test_data_parallel_ranks_of_several_nodes_read_once(data, tmp_path):
         from dsv3_train.training.assemble import assemble
 
         def load(per_node: int) -> tuple[int, list]:
-            settings = leg("ep2", world_size=4, gpus_per_node=per_node)
+            settings = leg("pp2_ep2", per_node, schedule="dualpipe")
             trainer = assemble(settings, "cpu")
             whole, before = (trainer.models, trainer.optimizer, None), bytes_read()
             position, guarded, _ = load_training(tmp_path / "checkpoints" / "step_00000003", settings, *whole)
@@ -194,14 +198,14 @@ def test_data_parallel_ranks_of_several_nodes_read_once(data, tmp_path):
             state = training_state(settings, position, guarded, *whole, loading=False, with_random_state=False)
             return read, [x for x in nested_values(state) if isinstance(x, ShardedTensor)]
 
-        distributed.start(leg("ep2", world_size=4), "cpu")
+        distributed.start(leg("pp2_ep2", schedule="dualpipe"), "cpu")
         (read, expected), (shared, got) = load(4), load(2)
         differing = [x.key for x, y in zip(expected, got, strict=True) if not x.data.equal(y.data)]
         kinds = sum("exp_avg_sq" in x.key for x in got), len(got)
         (tmp_path / os.environ["RANK"]).write_text(json.dumps([read, shared, differing, kinds]))
         distributed.stop()
 
-    run(leg("pp2_ep2"), stop_after=3)
+    run(leg("ep2"), stop_after=3)
     in_processes(on_rank, 4)
     for rank in "0123":
         read, shared, differing, (moments, all_of) = json.loads((tmp_path / rank).read_text())
