@@ -67,7 +67,7 @@ def test_256_nodes(tmp_path, site):
         "--wait=60 ",
         "--container-image=image.sqsh ",
         'scontrol show hostnames "$SLURM_JOB_NODELIST"',
-        "20000 + SLURM_JOB_ID % 20000",
+        "20000 + SLURM_JOB_ID % 12000",
         "[[ -v CUDA_DEVICE_MAX_CONNECTIONS ]] || export CUDA_DEVICE_MAX_CONNECTIONS=32",  # pairs overlap in this recipe
         "[[ -v TORCH_FR_BUFFER_SIZE ]] || export TORCH_FR_BUFFER_SIZE=2000",
         "[[ -v NVTE_FWD_LAYERNORM_SM_MARGIN ]] || export NVTE_FWD_LAYERNORM_SM_MARGIN=20",

@@ -71,7 +71,8 @@ def joined_world() -> int | None:
                 ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True
             )
             env["MASTER_ADDR"] = hosts.stdout.split()[0]
-        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+        # Below the ports that Linux gives to who asks for any (from 32768 on).
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 12000))
         env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_NTASKS"])
         return int(env["WORLD_SIZE"])
     return None

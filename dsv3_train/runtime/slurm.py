@@ -118,7 +118,7 @@ def script(job: Job, cluster: Cluster) -> str:
             "# On each node's own disk: compilers of many nodes must not write to one place.",
             _default("TRITON_CACHE_DIR", '"/tmp/triton-$SLURM_JOB_USER-$SLURM_JOB_ID"'),
         ]
-    meeting = {"MASTER_ADDR": "\"${nodes%%$'\\n'*}\"", "MASTER_PORT": "$((20000 + SLURM_JOB_ID % 20000))"}
+    meeting = {"MASTER_ADDR": "\"${nodes%%$'\\n'*}\"", "MASTER_PORT": "$((20000 + SLURM_JOB_ID % 12000))"}
     lines += [
         "",
         "# Ranks come from SLURM (one task per GPU), the meeting place from here.",
