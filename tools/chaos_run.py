@@ -15,6 +15,7 @@ import psutil
 SOURCES = Path(__file__).parents[1] / "dsv3_train"
 HANG_SECONDS = 8
 OVERRIDES = [
+    "parallel.gpus_per_node=2",  # as on two nodes: resumes share their reading
     "training.sequence_length=32",
     "training.eval_interval=0",
     "schedule.batch_size=8",
