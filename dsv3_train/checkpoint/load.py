@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dsv3_train.checkpoint import checksums
 from dsv3_train.checkpoint.directory import DAMAGED, check_safe, complete, damaged, set_aside, sweep
-from dsv3_train.checkpoint.read_once import ReadOnce
+from dsv3_train.checkpoint.sharing import ReadOnce
 from dsv3_train.checkpoint.state import (
     Guarded,
     Position,
@@ -213,7 +213,7 @@ def load_weights(path: Path, chunks: list[GPTModel], once: bool = False) -> Posi
     """Put a checkpoint's weights and routing biases into `chunks`. Collective.
 
     Args:
-        once: data-parallel ranks share the reading (checkpoint/read_once.py).
+        once: data-parallel ranks share the reading (checkpoint/sharing.py).
 
     Raises:
         UserError: not a checkpoint, damaged, or of another model.

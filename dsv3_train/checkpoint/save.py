@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from dsv3_train.checkpoint import checksums
 from dsv3_train.checkpoint.directory import UNFINISHED, finish, prune, step_path
+from dsv3_train.checkpoint.sharing import WriteShares
 from dsv3_train.runtime import heartbeat
 from dsv3_train.runtime.launch import die_with_parent
 
@@ -95,6 +96,7 @@ class CheckpointWriter:
         self._whole = True
         self._stood_still, self._began = 0.0, 0.0
         self._rank = torch.distributed.get_rank()
+        self._shares = WriteShares(_Plan(*_FORMAT, thread_count=1))
         # Megatron would start a manager process for this queue, which a killed rank leaves behind for good
         # (filesystem_async._get_write_results_queue); our results come through a pipe of our own.
         filesystem_async._results_queue = queue.Queue()
@@ -127,6 +129,7 @@ class CheckpointWriter:
         if self._any_failed(step, error):
             return
         sharded, common = save_preprocess(state)
+        self._shares.divide(sharded)
         writer, contents = _Plan(*_FORMAT, thread_count=1).async_save(sharded, unfinished)  # type: ignore[misc]
         # From here on nothing depends on the state: on a GPU, copies; on a CPU, the fork's own memory.
         buckets = FileSystemWriterAsync.preload_tensors(writer.write_buckets) if writer.write_buckets else []

@@ -161,7 +161,7 @@ def test_another_layout(data, tmp_path, begun, resumed):
         assert moved[step]["loss"] == pytest.approx(whole[step]["loss"], rel=1e-5), step
 
 
-def test_data_parallel_ranks_of_several_nodes_read_once(data, tmp_path):
+def test_data_parallel_ranks_share_writing_and_reading(data, tmp_path):
     """What they share, of another layout's checkpoint: the same bits, for less than half of the bytes read.
 
     In DualPipe dense layers and their optimizer states are the same on four ranks here, experts on two.
@@ -206,6 +206,9 @@ def test_data_parallel_ranks_of_several_nodes_read_once(data, tmp_path):
         distributed.stop()
 
     run(leg("ep2"), stop_after=3)
+    sizes = [file.stat().st_size for file in (tmp_path / "checkpoints" / "step_00000003").glob("*.distcp")]
+    assert len(sizes) == 2
+    assert max(sizes) < 1.1 * min(sizes)  # and each has written as much
     in_processes(on_rank, 4)
     for rank in "0123":
         read, shared, differing, (moments, all_of) = json.loads((tmp_path / rank).read_text())

@@ -1,0 +1,68 @@
+"""Ranks that hold the same tensors share the work of writing and of reading them: Megatron-core's wrappers, twice.
+
+These divide what replicas there are within one group, and when reading pass it on within all of it. Dense layers are
+alike on all data-parallel ranks, most of which hold other experts: so each has the group that shares it, with the ranks
+of DualPipe's second copy in both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from dsv3_train.runtime import pipeline_groups
+
+
+class ReadOnce(FullyParallelLoadStrategyWrapper):
+    """Each rank reads a share, and passes it on to those that need it."""
+
+    def __init__(self, path: Path) -> None:
+        groups = _groups()
+        super().__init__(get_default_load_sharded_strategy(str(path)), groups.dp_cp)
+        self._by_experts = FullyParallelLoadStrategyWrapper(self.base_strategy, groups.expt_dp)
+
+    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> dict[str, Any]:
+        """As `LoadShardedStrategy.load`. Collective over all ranks."""
+        objects, experts, others = _divided(sharded_state_dict)
+        loaded = self.base_strategy.load(objects, checkpoint_dir)  # each is one rank's alone
+        merge(loaded, self._by_experts.load(experts, checkpoint_dir))
+        merge(loaded, super().load(others, checkpoint_dir))
+        return loaded
+
+
+class WriteShares:
+    """Decides who writes what; asks the other ranks the first time alone, since a run's state keeps its structure."""
+
+    def __init__(self, strategy: SaveShardedStrategy) -> None:
+        groups = _groups()
+        self._experts, self._others = (
+            FullyParallelSaveStrategyWrapper(strategy, group, do_cache_distribution=True)
+            for group in (groups.expt_dp, groups.dp_cp)
+        )
+
+    def divide(self, sharded_state_dict: dict[str, Any]) -> None:
+        """Make this rank the main replica of its share. Collective over all ranks."""
+        _, experts, others = _divided(sharded_state_dict)
+        self._experts.apply_saving_parallelization(experts)
+        self._others.apply_saving_parallelization(others)
+
+
+def _groups() -> ProcessGroupCollection:
+    copies = pipeline_groups.replicas()
+    return copies.groups if copies else ProcessGroupCollection.use_mpu_process_groups()
+
+
+def _divided(state: dict[str, Any]) -> tuple[dict, dict, dict]:
+    """Objects, and tensors of experts and of all else."""
+    objects, tensors = extract_matching_values(state, lambda x: isinstance(x, ShardedObject))
+    return objects, *extract_matching_values(tensors, lambda x: ".experts." in x.key)
