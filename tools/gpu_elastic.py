@@ -61,6 +61,7 @@ def train(options: argparse.Namespace, run_dir: Path, layout: tuple[int, int], m
     recipe = "smoke" if options.cpu else "dsv3_tiny"
     overrides = [
         f"parallel={{world_size: {options.gpus}, pipeline: {pipeline}, expert: {expert}, zero1: true}}",
+        f"parallel.gpus_per_node={options.gpus // 2}",  # as on two nodes: resumes share their reading
         f"pipeline={{schedule: {schedule}}}",
         "training.duration=8 steps",
         "training.eval_interval=0",
