@@ -53,7 +53,7 @@ def test_what_travels(rows, width, dtype):
 @pytest.mark.parametrize("whole", [True, False], ids=["strides of 16", "any strides"])
 @pytest.mark.parametrize("name", ["_encode_e4m3", "_decode_e4m3", "_encode_e5m6", "_decode_e5m6"])
 def test_no_register_is_read_that_nothing_writes(name, whole, dtype):
-    """With such registers, which are legal where their bits are thrown away, ptxas 12.8.93 read others' codes."""
+    """With such registers, which are legal where their bits are thrown away, ptxas 12.8.93 read another register."""
     assert unwritten(program(name, whole, dtype)) == set()
 
 
