@@ -83,11 +83,14 @@ schedules() {
     --micro-batch-size $sequences
 }
 alone() { CUDA_VISIBLE_DEVICES=$last part "$@"; }
-wanted tests && alone tests tests tests/gpu
-wanted tiny && alone tiny bash tools/gpu_tiny.sh "$out" 110 50
-wanted same && alone same bash tools/gpu_deterministic.sh /tmp/tiny-data/stdlib
+last_gpu() {
+  wanted tests && alone tests tests tests/gpu
+  wanted same && alone same bash tools/gpu_deterministic.sh /tmp/tiny-data/stdlib
+  wanted tiny && alone tiny bash tools/gpu_tiny.sh "$out" 110 50
+  wanted checkpoint && alone checkpoint python3 tools/bench_checkpoint.py dsv3_tiny
+}
+last_gpu &
 wanted elastic && schedules elastic 10
-wanted checkpoint && alone checkpoint python3 tools/bench_checkpoint.py dsv3_tiny
 wait
 for one in branch study; do
   for file in "$at/$one"/report.*; do [ -e "$file" ] && cp "$file" "$out/${one}_$(basename "$file")"; done
