@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +129,24 @@ def test_bad_batches_equal_a_run_that_is_told_to_skip_them(data, tmp_path):
     told = run(numbered(recipe(data, tmp_path / "told", skip_samples=ranges)))
     assert losses(found) == losses(told)
     assert sums(tmp_path / "found") == sums(tmp_path / "told")
+
+
+@pytest.mark.parametrize("options", [{"zero1": False}, {"zero1": True}], ids=["", "zero1"])
+def test_a_checkpoint_before_the_first_update(data, tmp_path, options):
+    """The first step is passed over, so that Adam has no moments yet: it and the ones after it are resumed from."""
+    four = recipe(data, tmp_path, skip_samples=["0-7"]).model_dump(exclude_unset=True)
+    four["parallel"] |= options
+    four["training"] |= {"duration": "4 steps"}
+    four["checkpoint"] = {"interval": 1, "keep_last": 4}
+    four["precision"] = {"params": "bf16", "adam_moments": "bf16" if options["zero1"] else "fp32"}
+    expected = losses(run(Recipe.model_validate(four)))
+    assert len(expected) == 4
+    assert expected[1] is None
+    for begin in (2, 1):
+        for step in range(begin + 1, 5):
+            shutil.rmtree(tmp_path / "checkpoints" / f"step_{step:08d}")
+        assert losses(run(Recipe.model_validate(four))) == expected
+        assert f"step_{begin:08d} at step {begin}" in (tmp_path / "log.txt").read_text().split("resumed from")[-1]
 
 
 def test_too_many_in_a_row_end_the_run(data, tmp_path):

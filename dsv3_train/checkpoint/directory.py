@@ -66,16 +66,20 @@ def discard_after(root: Path, step: int) -> None:
 
 
 def prune(root: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints, and what `finish` left when it was killed."""
+    """Delete all but the newest `keep_last` checkpoints, and what was left of others."""
     for path in complete(root)[:-keep_last]:
         _delete(path)
-    for left in root.glob(f"step_*{_REPLACED}"):
-        shutil.rmtree(left)
     sweep(root)
 
 
 def sweep(root: Path) -> None:
     """Delete what saves and deletions left that were cut short. Not while a save is under way."""
+    for left in root.glob(f"step_*{_REPLACED}"):
+        path = left.with_name(left.name.removesuffix(_REPLACED))
+        if path.exists():
+            shutil.rmtree(left, ignore_errors=True)
+        else:  # `finish` had not yet given its successor the name
+            left.rename(path)
     for left in root.glob(f"step_*{UNFINISHED}"):
         shutil.rmtree(left, ignore_errors=True)
 

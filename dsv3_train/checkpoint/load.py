@@ -54,12 +54,13 @@ def newest(
         Absent: on every rank: a machine cannot read one.
     """
     rank = torch.distributed.get_rank()
-    listed: list[Any] = [(complete(root)[::-1], damaged(root)) if rank == 0 else None]
+    listed: list[Any] = [None]
+    if rank == 0:
+        sweep(root)
+        listed = [(complete(root)[::-1], damaged(root))]
     torch.distributed.broadcast_object_list(listed)
     paths, faults = listed[0]
     passed_over = False
-    if rank == 0:
-        sweep(root)
     for path in paths:
         fault, reason = _verified(path) if verify else None, None
         if rank == 0 and fault is None:

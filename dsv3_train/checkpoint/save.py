@@ -6,6 +6,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import pickle
 import platform
 import queue
 import shutil
@@ -106,7 +107,7 @@ class CheckpointWriter:
         self.finish()  # one at a time: a second would only compete for the disk
         self._stood_still, self._whole = 0.0, False
         with self._standing_still():
-            self._begin(state(), step)
+            self._begin(state, step)
         if not self.asynchronous:
             self.finish()
 
@@ -117,7 +118,7 @@ class CheckpointWriter:
         yield
         self._stood_still += time.perf_counter() - start
 
-    def _begin(self, state: dict, step: int) -> None:
+    def _begin(self, state: Callable[[], dict], step: int) -> None:
         unfinished = step_path(self.root, step).with_name(step_path(self.root, step).name + UNFINISHED)
         error = None
         if self._rank == 0:
@@ -128,12 +129,15 @@ class CheckpointWriter:
                 error = _in_words(reason)
         if self._any_failed(step, error):
             return
-        sharded, common = save_preprocess(state)
+        sharded, common = save_preprocess(state(), validate_access_integrity=False)  # `divide` does, where it must
         self._shares.divide(sharded)
         writer, contents = _Plan(*_FORMAT, thread_count=1).async_save(sharded, unfinished)  # type: ignore[misc]
         # From here on nothing depends on the state: on a GPU, copies; on a CPU, the fork's own memory.
         buckets = FileSystemWriterAsync.preload_tensors(writer.write_buckets) if writer.write_buckets else []
         to_write = (unfinished, writer.transforms, buckets, common if self._rank == 0 else None)
+        # The writer shares pinned memory with us, which nothing else must be given before it is done.
+        writer.write_buckets = buckets
+        del sharded  # or the fork keeps the other ranks' shares of ZeRO-1's states
         ours, theirs = multiprocessing.Pipe(duplex=False)
         context = multiprocessing.get_context("fork")
         process = context.Process(target=_write_for_parent, args=(theirs, os.getpid(), *to_write), daemon=True)
@@ -176,7 +180,7 @@ class CheckpointWriter:
             return
         try:
             save.written = save.pipe.recv()
-        except EOFError:
+        except (EOFError, OSError, pickle.UnpicklingError):  # it was killed, maybe in the middle of a word
             save.process.join()
             save.written = _Written([], {}, f"its writer ended with exit code {save.process.exitcode}")
         save.process.join()
@@ -197,7 +201,7 @@ class CheckpointWriter:
             try:
                 _close(save, everyone)
                 finish(save.unfinished, final)
-            except OSError as reason:
+            except Exception as reason:
                 error = _in_words(reason)
         if self._any_failed(save.step, error, save.unfinished):
             return

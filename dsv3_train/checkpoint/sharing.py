@@ -10,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
+import torch
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
@@ -18,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dsv3_train.runtime import pipeline_groups
@@ -41,20 +43,33 @@ class ReadOnce(FullyParallelLoadStrategyWrapper):
 
 
 class WriteShares:
-    """Decides who writes what; asks the other ranks the first time alone, since a run's state keeps its structure."""
+    """Decides who writes what; asks the other ranks only where a state is not built as the one before it."""
 
     def __init__(self, strategy: SaveShardedStrategy) -> None:
-        groups = _groups()
-        self._experts, self._others = (
-            FullyParallelSaveStrategyWrapper(strategy, group, do_cache_distribution=True)
-            for group in (groups.expt_dp, groups.dp_cp)
-        )
+        self._strategy = strategy
+        self._built: list[tuple] | None = None
 
     def divide(self, sharded_state_dict: dict[str, Any]) -> None:
-        """Make this rank the main replica of its share. Collective over all ranks."""
-        _, experts, others = _divided(sharded_state_dict)
-        self._experts.apply_saving_parallelization(experts)
-        self._others.apply_saving_parallelization(others)
+        """Make this rank the main replica of its share. Collective over all ranks.
+
+        Raises:
+            CheckpointingException: not every part of every tensor is some rank's.
+        """
+        built = [(x.key, x.global_offset, x.replica_id) for x in nested_values(sharded_state_dict)]
+        changed = torch.tensor([built != self._built], dtype=torch.int32, device=torch.cuda.current_device())
+        torch.distributed.all_reduce(changed)
+        if changed.item():  # `_experts` and `_others` would leave what they do not know to nobody
+            validate_sharding_integrity(determine_global_metadata(sharded_state_dict)[1])
+            groups = _groups()
+            self._experts, self._others = (
+                FullyParallelSaveStrategyWrapper(self._strategy, group, do_cache_distribution=True)
+                for group in (groups.expt_dp, groups.dp_cp)
+            )
+        self._built = built
+        _, *kinds = _divided(sharded_state_dict)
+        for wrapper, tensors in zip((self._experts, self._others), kinds, strict=True):
+            if wrapper.parallelization_group.size() > 1:  # or it has nothing to cache, and asks all ranks every time
+                wrapper.apply_saving_parallelization(tensors)
 
 
 def _groups() -> ProcessGroupCollection:

@@ -12,6 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
 from dsv3_train.model.init import sharding_metadata
+from dsv3_train.optim.build import begin_moments
 from dsv3_train.optim.ema import ParameterEma
 from dsv3_train.recipe.schema import Recipe
 
@@ -86,6 +87,8 @@ def training_state(
 ) -> dict[str, Any]:
     """Everything that a resumed run needs, as Megatron's sharded state dict."""
     models = model_state(chunks)
+    if not loading:
+        begin_moments(optimizer)
     state: dict[str, Any] = {
         **models,
         "optimizer": optimizer.sharded_state_dict(models, is_loading=loading, metadata=sharding_metadata()),

@@ -81,6 +81,19 @@ def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> Me
     return optimizer
 
 
+def begin_moments(optimizer: MegatronOptimizer) -> None:
+    """Zero moments where no update has made them yet, so that a checkpoint has all that a resume asks for.
+
+    What Megatron-core's `init_state_fn` does when it loads; that one lacks an argument of Transformer Engine's where
+    moments are BF16.
+    """
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adam = one.optimizer
+        for param in (param for group in adam.param_groups for param in group["params"]):
+            if not adam.state[param]:
+                adam.initialize_state(param, store_param_remainders=False)
+
+
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None:
     """Give every parameter group its learning rate and weight decay for the next step."""
     for group in optimizer.param_groups:

@@ -43,8 +43,8 @@ def _whole_states(
     for number, ranges in enumerate(optimizer.gbuf_ranges):
         ((dtype, buckets),) = ranges.items()
         buffer = optimizer.buffers[number]
-        create = torch.zeros if empty_data else torch.empty
-        states = {name: create(buffer.numel_unpadded, dtype=torch.float32, device="cpu") for name in _STATES}
+        # Empty: what is read from a checkpoint may come by another tensor, and untouched pages take no memory.
+        states = {name: torch.empty(buffer.numel_unpadded, dtype=torch.float32, device="cpu") for name in _STATES}
         whole[number] = {dtype: {**states, "numel_unpadded": buffer.numel_unpadded}}
         first = 0
         for bucket, share in zip(buffer.buckets, () if empty_data else buckets, strict=not empty_data):
