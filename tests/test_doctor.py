@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from dsv3_train.errors import UserError
 from dsv3_train.recipe.load import load
 from dsv3_train.runtime import environment
 from dsv3_train.runtime.environment import Gpu, Part, Probe
+from dsv3_train.runtime.gpu_environment import refuse_other_scales
 from dsv3_train.runtime.lacks import lacks
 
 GIB = 2**30
@@ -160,6 +162,18 @@ def test_what_training_itself_refuses_is_told(dsv3, monkeypatch):
         "pipeline.schedule: not yet",
         "parallel.context: not yet",
     ]
+
+
+@pytest.mark.parametrize(
+    ("value", "key", "agree"), [(1, True, False), (0, True, True), (0, False, False), (1, False, True)]
+)
+def test_the_shell_does_not_choose_the_scales_of_fp8(monkeypatch, value, key, agree):
+    monkeypatch.setenv("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", str(value))
+    recipe = load("dsv3_671b_8xh200", [f"precision.power_of_2_scales={str(key).lower()}"])
+    expected = contextlib.nullcontext() if agree else pytest.raises(UserError, match=f"FP32_SCALES={value} in the env")
+    with expected:
+        refuse_other_scales(recipe)
+    refuse_other_scales(load("dsv3_tiny"))  # without FP8
 
 
 def test_the_table_shows_all_that_was_found(dsv3):

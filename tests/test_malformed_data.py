@@ -261,6 +261,9 @@ def test_check_compares_vocabularies(sound, tmp_path):
     message = fault(recipe(prefix, tokenizer=f"{other}.tokenizer.json"))
     assert message.startswith(f"data.train[0]: {prefix}: was made with another tokenizer")
     assert "missing.json" in fault(recipe(prefix, tokenizer="missing.json"))
+    message = fault(recipe(prefix, valid=[{"path": str(sound / ".." / sound.name / "out")}]))
+    assert message.startswith("data.valid[0]: ")
+    assert "is data.train[0] too" in message
     datasets.check(recipe(prefix, tokenizer=f"{prefix}.tokenizer.json"))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from parity import assembled, batch, tiny
+
 transformers = pytest.importorskip("transformers")
 
 
@@ -32,8 +34,7 @@ def _hf_model(recipe):
         first_k_dense_replace=m.first_k_dense_replace,
         norm_topk_prob=True,
         rms_norm_eps=m.rms_norm_eps,
-        max_position_embeddings=recipe.training.sequence_length,
-        rope_theta=m.rope_theta,
+        **_positions(recipe),
         tie_word_embeddings=False,
         attn_implementation="eager",
         _experts_implementation="eager",
@@ -49,6 +50,16 @@ def _hf_model(recipe):
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(std=0.05)  # large enough to change which experts are chosen
     return model
+
+
+def _positions(recipe) -> dict:
+    scaling, theta = recipe.model.rope_scaling, recipe.model.rope_theta
+    if scaling is None:
+        return {"max_position_embeddings": recipe.training.sequence_length, "rope_theta": theta}
+    return {
+        "max_position_embeddings": int(scaling.factor * scaling.original_max_position_embeddings),
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": theta, **scaling.model_dump()},
+    }
 
 
 def _names(layer: int, dense: bool) -> dict[str, str]:
@@ -92,40 +103,35 @@ def _counterparts(recipe, tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
     return found
 
 
-@pytest.fixture(scope="module")
-def compared():
+YARN = {"factor": 40.0, "original_max_position_embeddings": 16, "mscale": 0.7}
+
+
+@pytest.fixture(scope="module", params=[None, YARN], ids=["", "yarn"])
+def compared(request):
     """Logits and gradients of both implementations."""
-    from dsv3_train.runtime import distributed
-    from dsv3_train.runtime.launch import _free_port, _rank_environment
-
-    distributed.prepare_import("cpu")
-    import os
-
-    from dsv3_train.training.assemble import assemble
-    from parity import batch, tiny
-
-    recipe = tiny(model={"num_nextn_predict_layers": 0}, schedule={"balance_loss": 0.0, "mtp_weight": 0.0})
+    recipe = tiny(
+        model={"num_nextn_predict_layers": 0, "rope_scaling": request.param, "qk_rope_head_dim": 32},
+        schedule={"balance_loss": 0.0, "mtp_weight": 0.0},
+    )
     reference = _hf_model(recipe)
-    os.environ.update(_rank_environment(0, 1, _free_port()))
-    distributed.start(recipe, "cpu")
-    trainer = assemble(recipe, "cpu")
-    (model,) = trainer.models
-    state = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
-    weights = _counterparts(recipe, state)
-    own = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n.endswith("expert_bias")}}
-    assert own.keys() == weights.keys()
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
-    data = batch(recipe, 0, 0)
-    ours = model(data["tokens"], data["position_ids"], None)
-    theirs = reference(data["tokens"]).logits
-    for logits in (ours, theirs):
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), data["labels"].flatten()).backward()
-    gradients = {name: p.main_grad if p.grad is None else p.grad for name, p in model.named_parameters()}
-    expected = _counterparts(recipe, {name: p.grad for name, p in reference.named_parameters()})
-    yield ours, theirs, gradients, expected
-    distributed.stop()
+    with assembled(recipe) as trainer:
+        (model,) = trainer.models
+        state = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
+        weights = _counterparts(recipe, state)
+        biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith("expert_bias")}
+        own = {**dict(model.named_parameters()), **biases}
+        assert own.keys() == weights.keys()
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(weights[name])
+        data = batch(recipe, 0, 0)
+        ours = model(data["tokens"], data["position_ids"], None)
+        theirs = reference(data["tokens"]).logits
+        for logits in (ours, theirs):
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), data["labels"].flatten()).backward()
+        gradients = {name: p.main_grad if p.grad is None else p.grad for name, p in model.named_parameters()}
+        expected = _counterparts(recipe, {name: p.grad for name, p in reference.named_parameters()})
+        yield ours, theirs, gradients, expected
 
 
 def test_logits(compared):

@@ -23,7 +23,8 @@ def snapshot(run_dir) -> dict[str, str]:
     return {path.name: path.read_text() for path in run_dir.iterdir()}
 
 
-def test_a_new_directory_holds_recipe_environment_and_topology(tmp_path):
+def test_a_new_directory_holds_recipe_environment_and_topology(tmp_path, monkeypatch):
+    monkeypatch.setenv("NCCL_MAX_CTAS", "20")
     run_dir = tmp_path / "runs" / "new"
     assert open_with(run_dir) == []
     files = ["environment.json", "lock", "recipe.yaml", "topology.json"]
@@ -35,6 +36,7 @@ def test_a_new_directory_holds_recipe_environment_and_topology(tmp_path):
     assert environment["versions"]["torch"]
     assert environment["versions"]["python"].startswith("3.")
     assert all(environment[key] for key in ("host", "cpu", "command"))
+    assert environment["variables"]["NCCL_MAX_CTAS"] == "20"
     assert "causal" in environment["speed_convention"]
 
 

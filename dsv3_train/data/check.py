@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from dsv3_train.data import index, manifest
@@ -16,7 +17,8 @@ def check(recipe: Recipe) -> None:
 
     Raises:
         UserError: one line per fault: files that are missing, truncated or of another format, a vocabulary that the
-            model lacks, datasets of different tokenizers, too little data for one sequence.
+            model lacks, datasets of different tokenizers, too little data for one sequence, validation
+            on training data.
     """
     train = train_sets(recipe)
     faults: list[str] = []
@@ -32,6 +34,13 @@ def check(recipe: Recipe) -> None:
             _check_dataset(recipe, key, dataset.path, tokenizer_hash)
         except UserError as error:
             faults.append(f"{key}: {error}")
+    trained_on = {os.path.realpath(dataset.path): key for key, dataset in named[: len(train)]}
+    for key, dataset in named[len(train) :]:
+        if both := trained_on.get(os.path.realpath(dataset.path)):
+            faults.append(
+                f"{key}: {dataset.path} is {both} too, and a loss on what is trained on validates nothing; name other "
+                "data, or leave data.valid out and set data.valid_fraction"
+            )
     if faults:
         raise UserError("\n".join(faults))
 

@@ -91,5 +91,16 @@ def _set_latent_norms(chunk: Stage) -> None:
 
 
 def in_training_precision(chunk: Stage, config: MLATransformerConfig):
-    """The chunk as it trains: BF16 with FP32 inputs and outputs at the ends of the pipeline, or FP32 as it is."""
-    return Float16Module(config, chunk) if config.bf16 else chunk
+    """The chunk as it trains: BF16 with FP32 inputs and outputs at the ends of the pipeline, or FP32 as it is.
+
+    The tokens that each expert got are counted in FP32. Megatron-core casts those counts with everything else, takes
+    routing biases back to FP32 and leaves the counts: added up over micro-batches and ranks in BF16 they stand still
+    from some thousands on, and biases move the wrong way (tests/test_routing.py).
+    """
+    if not config.bf16:
+        return chunk
+    wrapped = Float16Module(config, chunk)
+    for module in chunk.modules():
+        if getattr(module, "local_tokens_per_expert", None) is not None:
+            module.local_tokens_per_expert = module.local_tokens_per_expert.float()
+    return wrapped

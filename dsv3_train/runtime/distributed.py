@@ -13,7 +13,7 @@ import torch
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.chunks import MIRRORED, SCHEDULED
 from dsv3_train.recipe.schema import Recipe
-from dsv3_train.runtime.gpu_environment import gpu_environment
+from dsv3_train.runtime.gpu_environment import gpu_environment, refuse_other_scales
 
 _TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -39,7 +39,8 @@ def prepare_import(device: str, recipe: Recipe | None = None) -> None:
         recipe: the run's; None where nothing trains.
 
     Raises:
-        UserError: Transformer Engine is missing on a GPU machine, or there is a GPU in a CPU run.
+        UserError: Transformer Engine is missing on a GPU machine, or there is a GPU in a CPU run, or the environment
+            asks for another FP8 than the recipe.
     """
     # Notes of Megatron to its developers, in every process; faults raise.
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
@@ -50,6 +51,8 @@ def prepare_import(device: str, recipe: Recipe | None = None) -> None:
 
         cpu.install()
         return
+    if recipe is not None:
+        refuse_other_scales(recipe)
     for name, value in gpu_environment(recipe).items():
         os.environ.setdefault(name, value)
     try:

@@ -25,6 +25,7 @@ from dsv3_train.training.speed import CONVENTION
 
 _LOCK_SECONDS, _LOCK_SECONDS_ELSEWHERE = 5.0, 120.0
 """For a run that was killed just now to be gone, here; and for a file system to give up a machine that is lost."""
+_VARIABLES = ("NVTE_", "NCCL_", "TORCH_NCCL_", "PYTORCH_", "CUDA_", "CUBLAS_")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 _held: int | None = None
@@ -140,7 +141,8 @@ def write_state(run_dir: Path, state: str) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions of all parts, the machine, the command line, and what TFLOPS and MFU mean in this run."""
+    """Versions of all parts, the machine, the command line, the variables that the libraries under it read, and what
+    TFLOPS and MFU mean in this run."""
     import torch
 
     return {
@@ -153,6 +155,7 @@ def environment() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "command": sys.argv,
+        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)},
         "speed_convention": CONVENTION,
     }
 
