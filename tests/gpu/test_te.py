@@ -159,6 +159,7 @@ def test_bf16(on_cpu, tmp_path, moments):
     error, name = worst_gradient(got, on_cpu)
     assert error < 0.3, (error, name)  # 8 bits of mantissa; a router's again (seen on an H200: 0.164)
     assert got["expert_biases"].dtype == torch.float32
+    assert torch.equal(got["expert_counts"].sum(1), on_cpu["expert_counts"].sum(1))  # every choice of every token
 
 
 def test_bf16_recompute(tmp_path):
