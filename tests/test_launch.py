@@ -15,6 +15,7 @@ import pytest
 
 from dsv3_train.errors import UserError
 from dsv3_train.runtime import launch as launching
+from dsv3_train.runtime.exits import PREEMPTED
 from dsv3_train.runtime.launch import launch
 
 
@@ -157,6 +158,46 @@ def test_no_port_to_meet_at(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"MASTER_PORT.*--standalone"):
         launch(lambda: None, 4, "cuda")
+
+
+STEP = {"SLURM_JOB_ID": "41", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}
+
+
+def test_steps_beside_each_other_meet_apart(monkeypatch, tmp_path):
+    """Each on the first of its own nodes, and at a port of its own."""
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$3"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    met = []
+    for step, node in (("0", "n0"), ("1", "n1")):
+        environment = {**os.environ, **STEP, "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_NODELIST": "n[0-1]"}
+        environment |= {"SLURM_STEP_ID": step, "SLURM_STEP_NODELIST": node, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", environment)
+            assert launching.joined_world() == 2
+        met.append((environment["MASTER_ADDR"], environment["MASTER_PORT"]))
+    assert met == [("n0", "20041"), ("n1", "21050")]
+
+
+def test_an_interactive_shell_is_no_step(monkeypatch):
+    """As SLURM 22.05 sets them in the shell of `salloc -n2` with use_interactive_step."""
+    shell = {**STEP, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}
+    monkeypatch.setattr(os, "environ", {**os.environ, **shell})
+    assert launching.joined_world() is None
+
+
+def test_srun_where_scontrol_is_not(monkeypatch, tmp_path):
+    step = {**STEP, "SLURM_STEP_ID": "0", "SLURM_JOB_NODELIST": "n[0-1]", "PATH": str(tmp_path)}
+    monkeypatch.setattr(os, "environ", {**os.environ, **step})
+    with pytest.raises(UserError, match=r"MASTER_ADDR: not set, and scontrol .* first of n\[0-1\]"):
+        launching.joined_world()
+
+
+def test_asked_to_stop_before_there_is_anything_to_save():
+    code = "from dsv3_train.runtime.signals import end_when_asked; end_when_asked(); print(flush=True); input()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.terminate()
+    assert process.wait(10) == PREEMPTED
 
 
 def test_another_world_than_the_launcher(monkeypatch):

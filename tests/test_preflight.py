@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -60,6 +62,19 @@ def test_broken_node_is_named(tmp_path):
         meet(here(host="n" + os.environ["RANK"], faults=faults), seconds=20, per_node=1)
 
     with pytest.raises(UserError, match=r"^rank 1 on n1: no room$"):
+        launch(work, 2, "cpu")
+
+
+@pytest.mark.parametrize(("hard", "message"), [(100, r"may have 100 files open \(ulimit -Hn\).* up to 514"), (600, "")])
+def test_a_limit_of_open_files_is_raised_or_told(hard, message):
+    """A rank 0 of 2048 keeps a connection to each."""
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (80, hard))
+        meet(here(host="n0"), seconds=20, per_node=2)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (514, hard)
+
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
         launch(work, 2, "cpu")
 
 

@@ -135,6 +135,10 @@ def test_single_bad_events_are_left_out_and_counted(of):
             kernel(GEMM, 5, -3),
             kernel(GEMM, "NaN", 1),
             kernel(GEMM, 1e300, 1),
+            kernel(GEMM, 1 << 52, 1),
+            {**kernel("ProfilerStep#\u00b2", 0, 1), "cat": "user_annotation"},
+            {**kernel("ProfilerStep#" + "9" * 30, 0, 1), "cat": "user_annotation"},
+            {**kernel("launch", 0, 1, correlation="9" * 30), "cat": "cuda_runtime"},
             {"ph": "E", "pid": 0, "tid": 7, "ts": 3},
             {"ph": "X", "cat": ["kernel"], "name": {}, "pid": [], "tid": {}},
             {},
@@ -142,6 +146,6 @@ def test_single_bad_events_are_left_out_and_counted(of):
     )
     assert report["kernels"] == 1
     assert report["notes"] == [
-        "4 events without a usable ts or dur were left out",
+        "5 events without a usable ts or dur were left out",
         "1 B or E events without their other half were left out",
     ]

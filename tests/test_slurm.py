@@ -183,10 +183,10 @@ echo
 """
 STAND_INS = {
     "sbatch": 'echo "$@" >>"$CALLS"; echo 4$(wc -l <"$CALLS")',
-    "scontrol": 'if [ "$1" = show ]; then printf "n7\\nn8\\n"; else echo "$@" >>"$CALLS"; fi',
+    "scontrol": 'case "$2" in hostnames) printf "n7\\nn8\\n" ;; job) echo "$JOB" ;; *) echo "$@" >>"$CALLS" ;; esac',
     "sleep": "exit 0",  # until SLURM has ended the script
     "scancel": 'echo "scancel $*" >>"$CALLS"',
-    "squeue": SQUEUE,
+    "squeue": '[ -n "$EMPTY" ] && exit\n' + SQUEUE,
     "srun": 'echo "srun at $MASTER_ADDR:$MASTER_PORT" >>"$CALLS"; [ -z "$STATE" ] || echo "$STATE" >"$RUN_DIR/state";'
     ' [ -z "$NEWEST" ] || mkdir -p "$RUN_DIR/checkpoints/$NEWEST"; exit "$CODE"',
 }
@@ -214,13 +214,13 @@ def test_what_becomes_of_a_job(slurm, tmp_path):
     run_dir = tmp_path / "runs" / "smoke_parallel"
     assert json.loads(json.dumps(status(str(run_dir)).__dict__))["queue"] == "41 RUNNING restarts=2 n[7-8]"
 
-    def start(code: int, state: str = "", newest: str = "", restarts: int = 0) -> tuple[int, bool]:
+    def start(code: int, state: str = "", newest: str = "", restarts: int = 0, job: str = "") -> tuple[int, bool]:
         """One start of the script; its exit code, and whether it went back into the queue."""
         slurm.write_text("")
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("MASTER_")},
             "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_RESTART_COUNT": str(restarts),
-            "RUN_DIR": str(run_dir), "CODE": str(code), "STATE": state, "NEWEST": newest,
+            "RUN_DIR": str(run_dir), "CODE": str(code), "STATE": state, "NEWEST": newest, "JOB": job,
         }  # fmt: skip
         done = subprocess.run(["bash", str(run_dir / "slurm" / "script.sh")], env=environment, capture_output=True)
         calls = slurm.read_text().splitlines()
@@ -229,6 +229,11 @@ def test_what_becomes_of_a_job(slurm, tmp_path):
 
     assert start(143, "preempted", "step_00000005")[1]
     assert start(75, "running")[1]  # asked to stop before the first step
+    # As SLURM 22.05 shows them: by a job that goes before, at its time, by scancel.
+    assert start(75, "preempted", job="JobId=41 JobState=RUNNING Reason=None PreemptTime=2026-11-27T07:52:10 X=")[1]
+    assert start(75, "preempted", job="JobId=41 JobState=COMPLETING Reason=TimeLimit PreemptTime=None X=")[1]
+    ended = "JobId=41 JobState=COMPLETING Reason=None PreemptTime=None X="
+    assert start(75, "preempted", job=ended) == (1, False)
     for _ in range(2):
         assert start(1, "failed")[1]
     assert start(1, "failed") == (1, False)  # the third in a row at the same checkpoint
@@ -241,7 +246,7 @@ def test_what_becomes_of_a_job(slurm, tmp_path):
     assert slurm.read_text() == ""
 
 
-def test_chain_status_logs_cancel(slurm, tmp_path):
+def test_chain_status_logs_cancel(slurm, tmp_path, monkeypatch):
     job = prepared()
     assert job.submit(chain=3) == ["41", "42", "43"]
     script = tmp_path / "runs" / "smoke_parallel" / "slurm" / "script.sh"
@@ -255,9 +260,15 @@ def test_chain_status_logs_cancel(slurm, tmp_path):
         output(run)
     (Path(run) / "slurm" / "41.out").write_text("words\n")
     assert output(run).read_text() == "words\n"
+    with pytest.raises(UserError, match=r"smoke_parallel: has a job in the queue \(43 RUNNING .*dsv3 slurm cancel"):
+        job.submit()
     assert cancel(run) == ["41", "42", "43"]
     assert "scancel 41 42 43" in slurm.read_text()
-    assert (Path(run) / "slurm" / "cancelled").exists()
+    assert sorted(path.name for path in (Path(run) / "slurm").glob("cancelled.*")) == [
+        f"cancelled.{job}" for job in (41, 42, 43)
+    ]
+    monkeypatch.setenv("EMPTY", "1")
+    assert job.submit() == ["45"]
     assert status(run).state == "none"
 
 
@@ -272,7 +283,7 @@ def test_one_run_of_a_sweep(slurm, tmp_path):
     assert status("runs/sw-1").queue == "42_1 RUNNING restarts=2 n[7-8]"
     assert cancel("runs/sw-0") == ["41_0", "42_0"]
     assert slurm.read_text().splitlines()[-1] == "scancel 41_0 42_0"
-    assert [Path(f"runs/sw-{number}/slurm/cancelled").exists() for number in range(2)] == [True, False]
+    assert [Path(f"runs/sw-{number}/slurm/cancelled.41_{number}").exists() for number in range(2)] == [True, False]
 
 
 def test_one_run_of_a_sweep_is_queued_again(slurm, tmp_path):

@@ -69,6 +69,7 @@ def inflict(job: Job, fault: Fault, draw: random.Random) -> None:
             except psutil.NoSuchProcess:
                 continue
 
+    job.wait(job.ranks, 30)  # it may just be starting
     ranks = job.ranks()
     one = draw.choice(ranks) if ranks else None
     launcher = psutil.Process(job.process.pid)

@@ -92,7 +92,9 @@ class Slurm:
         config = self._where / "slurm.conf"
         config.write_text(CONF.format(host=platform.node(), where=self._where))
         os.environ["SLURM_CONF"] = str(config)
-        os.environ["MASTER_ADDR"] = "127.0.0.1"  # n0 and n1 are names that only SLURM knows
+        site = self._where / "cluster.yaml"  # n0 and n1 are names that only SLURM knows
+        site.write_text("environment: {MASTER_ADDR: 127.0.0.1}\n")
+        os.environ["DSV3_CLUSTER"] = str(site)
         self._start("slurmctld", "/usr/sbin/slurmctld", "-D", "-f", str(config))
         for node in ("n0", "n1"):
             self._start("slurmd", "/usr/sbin/slurmd", "-D", "-f", str(config), "-N", node)

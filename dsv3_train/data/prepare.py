@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import platform
@@ -17,6 +16,7 @@ import numpy as np
 import tokenizers
 
 import dsv3_train
+from dsv3_train import locks
 from dsv3_train.data import index, manifest, shard
 from dsv3_train.data.documents import Piece, read
 from dsv3_train.data.inputs import InputFile, find
@@ -224,17 +224,15 @@ def _parts_directory(prefix: str) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{prefix}: cannot be written ({error.strerror}); choose another output") from None
     with open(parts / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BeingPrepared(f"{parts}: another process is preparing this dataset; wait for it") from None
+        if not locks.alone(lock):
+            raise BeingPrepared(f"{parts}: another process is preparing this dataset; wait for it")
         try:
             yield parts
         except BaseException as error:
             if isinstance(error, UserError) or not any(parts.glob("*.json")):
-                shutil.rmtree(parts)
+                locks.remove(parts, lock)
             raise
-        shutil.rmtree(parts)
+        locks.remove(parts, lock)
 
 
 def _hash(files: list[InputFile], pool: Executor | None, progress: Progress) -> dict[str, str]:

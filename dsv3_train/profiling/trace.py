@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ _LAUNCHES = {"cuda_runtime", "cuda_driver", "runtime", "driver", "hip_runtime", 
 _OPERATORS = {"cpu_op", "operator"}
 _RANGES = {"user_annotation", "nvtx", "python_annotation"}
 _GPU_RANGES = {"gpu_user_annotation"}
-_STEP = "ProfilerStep#"
+_STEP = re.compile(r"ProfilerStep#([0-9]{1,18})")
 
 
 class Names:
@@ -170,8 +171,8 @@ class _Reader:
             self._kernel(event, args, start, end, name)
             return
         text = self.names.texts[name]
-        if text.startswith(_STEP) and text[len(_STEP) :].isdigit() and kind in ("operator", "range", "gpu range"):
-            (self.gpu_steps if kind == "gpu range" else self.steps).add(start, end, int(text[len(_STEP) :]))
+        if (step := _STEP.fullmatch(text)) and kind in ("operator", "range", "gpu range"):
+            (self.gpu_steps if kind == "gpu range" else self.steps).add(start, end, int(step[1]))
             return
         thread = self.threads.of(_thread(event))
         if kind == "launch":
@@ -311,22 +312,21 @@ def _thread(event: dict) -> tuple[Any, Any]:
 
 def _integer(value: Any) -> int:
     """-1: none."""
-    if type(value) is int:
-        return value if -(1 << 62) < value < 1 << 62 else -1
     try:
-        return int(value)
+        number = int(value)
     except (TypeError, ValueError, OverflowError):
         return -1
+    return number if -(1 << 62) < number < 1 << 62 else -1
 
 
 def _nanoseconds(value: Any) -> int | None:
     """Of microseconds: an integer, or the text of a number; None for anything else."""
     if type(value) is int:
-        return value * 1000 if abs(value) < 1 << 53 else None
+        return value * 1000 if abs(value) < 1 << 52 else None
     if type(value) is not str:
         return None
     whole, point, part = value.partition(".")
-    if point and len(part) <= 3 and part.isdigit() and whole.isdigit() and len(whole) < 16:
+    if point and len(part) <= 3 and part.isdecimal() and whole.isdecimal() and len(whole) < 16:
         return int(whole) * 1000 + int(part.ljust(3, "0"))
     try:
         number = Decimal(value) * 1000

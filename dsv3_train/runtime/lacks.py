@@ -7,6 +7,7 @@ from typing import Literal
 
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime.environment import Gpu, Probe
+from dsv3_train.runtime.launch import slurm_tasks
 
 Lack = tuple[Literal["error", "warning"], str]
 """An error keeps the run from starting or finishing; a warning is worth knowing before."""
@@ -34,8 +35,7 @@ def _launched(found: Probe) -> int | None:
     env = found.launcher
     if "RANK" in env and "WORLD_SIZE" in env:
         return int(env["WORLD_SIZE"])
-    tasks = int(env.get("SLURM_NTASKS", "1"))
-    return tasks if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and tasks > 1 else None
+    return slurm_tasks(env)
 
 
 def _processes(recipe: Recipe, found: Probe) -> Iterator[Lack]:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -64,18 +64,38 @@ def joined_world() -> int | None:
                 "MASTER_PORT: 0 is no port to meet at; start with torchrun --standalone, or --master-port=N"
             )
         return int(env["WORLD_SIZE"])
-    # `srun` gives every task a rank; inside `salloc` or a batch script alone there is no step.
-    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+    tasks = slurm_tasks(env)
+    if tasks is not None:
         if "MASTER_ADDR" not in env:
-            hosts = subprocess.run(
-                ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True
-            )
-            env["MASTER_ADDR"] = hosts.stdout.split()[0]
-        # Below the ports that Linux gives to who asks for any (from 32768 on).
-        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 12000))
-        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=env["SLURM_NTASKS"])
-        return int(env["WORLD_SIZE"])
-    return None
+            env["MASTER_ADDR"] = _first_host(env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"]))
+        # Below the ports that Linux gives to who asks for any (from 32768 on); steps beside each other meet apart.
+        number = int(env["SLURM_JOB_ID"]) + 1009 * int(env["SLURM_STEP_ID"])
+        env.setdefault("MASTER_PORT", str(20000 + number % 12000))
+        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=str(tasks))
+    return tasks
+
+
+def slurm_tasks(env: Mapping[str, str]) -> int | None:
+    """Processes that `srun` started beside this one, if it gave it a rank; else None.
+
+    In a batch script there is no step, and the shell of an interactive `salloc` is a step of one task, which has the
+    job's number of tasks for its SLURM_NTASKS.
+    """
+    if "SLURM_PROCID" not in env or "SLURM_STEP_ID" not in env:
+        return None
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
+    return tasks if tasks > 1 else None
+
+
+def _first_host(nodes: str) -> str:
+    try:
+        told = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return told.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        raise UserError(
+            f"MASTER_ADDR: not set, and scontrol does not say here which node is the first of {nodes}; set it to that "
+            "node's address before srun"
+        ) from None
 
 
 def launch(work: Callable[[], None], world_size: int, device: str, restarts: Restarts | None = None) -> None:

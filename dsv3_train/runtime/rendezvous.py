@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import resource
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -51,6 +52,7 @@ def meet(me: Presence, seconds: float, per_node: int) -> tuple[dist.Store, list[
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     theirs = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     timeout = datetime.timedelta(seconds=seconds)
+    _allow_files(world)
     try:
         server: dist.Store = dist.TCPStore(
             address, port, None, me.rank == 0 and not theirs, timeout, wait_for_workers=False, multi_tenant=True
@@ -79,6 +81,24 @@ def meet(me: Presence, seconds: float, per_node: int) -> tuple[dist.Store, list[
             time.sleep(1)  # the store ends with this process: let the others read why
         raise Absent(verdict)
     return store, everyone
+
+
+def _allow_files(world: int) -> None:
+    """Let this process have open what it needs, one connection for each rank included, if its limits can be raised.
+
+    Raises:
+        Absent: they cannot.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = world + 512
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise Absent(
+            f"on {platform.node()} a process may have {hard} files open (ulimit -Hn), and with {world} ranks one takes "
+            f"up to {needed}; raise that limit (SLURM: LimitNOFILE of slurmd)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _receive(store: dist.Store, world: int, seconds: float, per_node: int) -> tuple[list[Presence], str]:

@@ -114,6 +114,7 @@ def script(job: Job, cluster: Cluster) -> str:
         lines += [_default(name, shlex.quote(value)) for name, value in chosen.items()]
     if on_gpu:
         lines += [
+            'mkdir -p "$run_dir/hangs" # NCCL makes no folders',
             _default("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", '"$run_dir/hangs/nccl_rank_"'),
             "# On each node's own disk: compilers of many nodes must not write to one place.",
             _default("TRITON_CACHE_DIR", '"/tmp/triton-$SLURM_JOB_USER-$SLURM_JOB_ID"'),
@@ -211,7 +212,13 @@ if [[ $state == finished ]]; then
   touch "$memory/finished"
   exit 0
 fi
-if [[ -e "$memory/cancelled" ]]; then
+if [[ -e "$memory/cancelled.{this}" ]]; then
+  exit 1
+fi
+job=$(scontrol show job -o "{this}" || true)
+if [[ $job == *JobState=COMPLETING* && $job == *Reason=None* && ! $job =~ PreemptTime=[0-9] ]]; then
+  # Not its time, nor a job that goes before it: somebody's scancel.
+  echo "cancelled: not queued again"
   exit 1
 fi
 if [[ $state != preempted && $code -ne {preempted} ]]; then

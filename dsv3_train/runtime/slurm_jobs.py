@@ -41,7 +41,7 @@ class Prepared:
                 folder.mkdir(parents=True, exist_ok=True)
                 write(folder / "recipe.yaml", text)
                 write(folder / "script.sh", self.script)
-                for mark in ("cancelled", "finished", "failures"):  # of jobs before
+                for mark in ("finished", "failures"):  # of jobs before
                     (folder / mark).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"{folders[0]}: cannot be written ({error.strerror}); set runtime.run_dir") from None
@@ -51,8 +51,14 @@ class Prepared:
         """Lay the job out and hand it to sbatch, `chain` times in a row; the jobs' numbers.
 
         Raises:
-            UserError: SLURM is not here or refuses; or a directory cannot be written.
+            UserError: SLURM is not here or refuses; or a directory cannot be written, or has jobs in the queue.
         """
+        for run_dir in self.job.run_dirs:
+            if (run_dir / FOLDER / "jobs").is_file() and (queued := _queue(_jobs(run_dir))):
+                raise UserError(
+                    f"{run_dir}: has a job in the queue ({' '.join(queued.split())}), and two in one run directory "
+                    f"would stop each other; dsv3 slurm cancel {run_dir}, or set another runtime.run_dir"
+                )
         folders = self.lay_out()
         jobs: list[str] = []
         for _ in range(chain):
@@ -181,7 +187,8 @@ def cancel(run: str) -> list[str]:
     """
     run_dir = _run_dir(run)
     jobs = _jobs(run_dir)
-    (run_dir / FOLDER / "cancelled").touch()  # else the script, told to end, would queue itself again
+    for job in jobs:  # else the script, told to end, would queue itself again
+        (run_dir / FOLDER / f"cancelled.{job}").touch()
     _slurm("scancel", *jobs)
     return jobs
 

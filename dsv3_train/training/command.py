@@ -20,7 +20,7 @@ from dsv3_train.runtime import deterministic, distributed, heartbeat, preflight_
 from dsv3_train.runtime.exits import PREEMPTED
 from dsv3_train.runtime.launch import ATTEMPT, Restarts, joined_world, launch
 from dsv3_train.runtime.rendezvous import Absent
-from dsv3_train.runtime.signals import StopRequest
+from dsv3_train.runtime.signals import StopRequest, end_when_asked
 from dsv3_train.runtime.watchdog import Watchdog
 from dsv3_train.training.indices import ready_data
 from dsv3_train.training.machine import refuse_machine, told_when_full
@@ -35,6 +35,7 @@ def run(ref: str, overrides: list[str]) -> None:
         UserError: recipe, data, checkpoint or machine are at fault.
     """
     startup = Startup()
+    end_when_asked()  # until there is something to save
     recipe = load(ref, overrides)
     refuse_unready(recipe)
     Schedules(recipe)  # whether it goes to the end

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -18,6 +17,7 @@ from typing import Any
 from dsv3_train import __version__
 from dsv3_train.checkpoint.directory import complete
 from dsv3_train.errors import UserError
+from dsv3_train.locks import NO_LOCKS
 from dsv3_train.recipe.load import diff, load
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime.environment import cpu_name, versions
@@ -26,7 +26,6 @@ from dsv3_train.training.speed import CONVENTION
 _LOCK_SECONDS, _LOCK_SECONDS_ELSEWHERE = 5.0, 120.0
 """For a run that was killed just now to be gone, here; and for a file system to give up a machine that is lost."""
 _VARIABLES = ("NVTE_", "NCCL_", "TORCH_NCCL_", "PYTORCH_", "CUDA_", "CUBLAS_")
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 _held: int | None = None
 """Descriptor of the lock of the run directory that is this process's own; it ends with the process."""
@@ -79,7 +78,7 @@ def hold(run_dir: Path, wait: bool = True) -> list[str]:
             raise UserError(f"{run_dir}: in use by {holder}; set another runtime.run_dir, or stop that run")
     except BaseException as error:
         os.close(lock)
-        if isinstance(error, OSError) and error.errno in _NO_LOCKS:
+        if isinstance(error, OSError) and error.errno in NO_LOCKS:
             return [f"{run_dir}: its file system has no locks ({error.strerror}): a second run here would not be told"]
         raise
     with contextlib.suppress(OSError):  # a full disk: the lock holds without

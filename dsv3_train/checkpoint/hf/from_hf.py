@@ -119,7 +119,8 @@ def make_recipe(directory: Directory, ref: str | None, overrides: Sequence[str],
         UserError: key by key, what contradicts or is not supported.
     """
     file = str(directory.path / "config.json")
-    plain = configs.derive(directory.config, re.sub(r"[^A-Za-z0-9._-]|^[._-]+", "-", name), mtp, directory.main_dtype)
+    plain_name = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-") or "model"
+    plain = configs.derive(directory.config, plain_name, mtp, directory.main_dtype)
     if ref is None:
         recipe = recipes.build(plain, file, overrides)
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv3_train import locks
 from dsv3_train.errors import UserError
 from dsv3_train.runtime.workers import each, pool
 
@@ -65,10 +65,8 @@ def unfinished(target: Path, plan: Any) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{where}: cannot be written ({error.strerror}); choose another target") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{where}: another process is converting; wait for it") from None
+        if not locks.alone(lock):
+            raise UserError(f"{where}: another process is converting; wait for it")
         _same_plan(where, hashlib.sha256(repr(plan).encode()).hexdigest())
         try:
             yield where
@@ -76,11 +74,12 @@ def unfinished(target: Path, plan: Any) -> Iterator[Path]:
             told = error if isinstance(error, UserError) else _told(where, error)
             resumable = not isinstance(told, UserError) or isinstance(told, Interrupted)
             if not (resumable and any((where / _RECORDS).glob("*.json"))):
-                shutil.rmtree(where)
+                locks.remove(where, lock)
             if told is None or told is error:
                 raise
             raise told from None
         shutil.rmtree(where / _RECORDS)
+        lock.close()  # NFS keeps what is open
         (where / ".lock").unlink()
         where.rename(target)
 
