@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from typing import Any
@@ -43,6 +44,9 @@ def _one_line(error: Any) -> str:
 def run() -> None:
     """Run the command line; bad input ends in its message alone and exit code 2."""
     code: int | str | None = 0
+    for name in ("stdout", "stderr"):  # `>&-`
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for as long as the process is there
     try:
         code = app(standalone_mode=False, prog_name="dsv3")
     except SystemExit as ended:

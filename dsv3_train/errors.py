@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _OF_FILES = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS)
 
 
@@ -16,7 +17,11 @@ class UserError(Exception):
 
 
 def of_file(error: BaseException) -> UserError | None:
-    """As a `UserError`, if a file or folder is what it is said not to be, or not ours to read or write."""
+    """As a `UserError`, if a file or folder is what it is said not to be, or not ours to read or write, or if a disk is
+    full, also where a library has put an error of its own on top."""
     if isinstance(error, OSError) and error.errno in _OF_FILES and error.filename is not None:
         return UserError(f"{error.filename}: {error.strerror}; give another, or change its permissions")
-    return None
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.errno in _FULL):
+        cause = cause.__cause__ or cause.__context__
+    return UserError(f"{cause.filename or 'a disk'}: {cause.strerror}; make room, and start again") if cause else None

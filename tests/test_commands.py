@@ -159,8 +159,8 @@ def test_damaged_checkpoints(trained, tmp_path):
     assert (checkpoints / "step_00000006.damaged" / "checked").is_file()
     damage(4)
     damage(7)
-    for _ in range(2):  # none is left to begin with the second time
-        refused(dsv3(*longer, cwd=tmp_path, check=False), "step_00000007", "damaged", "train anew")
+    for why in ("(__0_0.distcp: its SHA-256", "damaged, and"):  # none is left to begin with the second time
+        refused(dsv3(*longer, cwd=tmp_path, check=False), "step_00000007.damaged: damaged", why, "train anew")
 
 
 def test_a_second_run_in_the_same_directory(trained, tmp_path):

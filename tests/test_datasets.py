@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from dsv3_train.data import datasets, index
-from dsv3_train.data.batches import micro_batches
+from dsv3_train.data.batches import KEYS, micro_batches, within
+from dsv3_train.errors import UserError
 from dsv3_train.runtime import distributed
 from dsv3_train.runtime.launch import launch
 from parity import tiny
@@ -224,6 +225,16 @@ def test_reading_ahead_changes_neither_order_nor_random_numbers():
     expected = (read(2, 1, 2), torch.rand(1))
     torch.manual_seed(5)
     assert (read(2, 1, 2, workers=2), torch.rand(1)) == expected
+
+
+@pytest.mark.parametrize("token", [100, -1])
+def test_a_token_that_the_model_has_not(token):
+    batch = {name: torch.arange(6).view(2, 3) for name in KEYS}
+    wrong = {**batch, "labels": torch.tensor([[0, 1, token]])}
+    read = within(100, iter([batch, wrong]), "data/a")
+    assert next(read) is batch
+    with pytest.raises(UserError, match=rf"^data/a: holds token {token}, but model\.vocab_size is 100; "):
+        next(read)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -71,7 +71,10 @@ def test_a_limit_of_open_files_is_raised_or_told(hard, message):
 
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (80, hard))
-        meet(here(host="n0"), seconds=20, per_node=2)
+        store, _ = meet(here(host="n0"), seconds=20, per_node=2)
+        store.set(f"left/{os.environ['RANK']}", "")
+        if os.environ["RANK"] == "0":
+            store.wait(["left/1"])
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (514, hard)
 
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():

@@ -292,7 +292,8 @@ def test_peak(name, tflops):
     assert peak_bf16_tflops(name) == tflops
 
 
-def test_nobody_reads_the_output_any_more(tmp_path):
+@pytest.mark.parametrize("output", ["full disk", "closed pipe"])
+def test_nobody_reads_the_output_any_more(tmp_path, output):
     """A closed pipe (`| head`), a full disk behind `>`: the run goes on, and log.txt has every line."""
     code = (
         "import sys\n"
@@ -304,13 +305,17 @@ def test_nobody_reads_the_output_any_more(tmp_path):
         "print('went on', file=sys.stderr)\n"
     )
     path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
-    with open("/dev/full", "w") as full:
+    reads, pipe = os.pipe()
+    os.close(reads)
+    with open("/dev/full" if output == "full disk" else pipe, "w") as unread:
         done = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path)],
-            stdout=full,
+            stdout=unread,
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": path},
         )
     assert "went on" in done.stderr, done.stderr
+    if output == "closed pipe":
+        assert done.returncode == 0, done.stderr
     assert (tmp_path / "log.txt").read_text().count("step ") == 3

@@ -50,7 +50,7 @@ def damaged(root: Path) -> list[Path]:
 
 
 def set_aside(path: Path) -> None:
-    """Rename a checkpoint that must not be resumed from; of all of them the newest two stay."""
+    """Rename a checkpoint that must not be resumed from (`path` with `DAMAGED`); of all of them the newest two stay."""
     aside = path.with_name(path.name + DAMAGED)
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)

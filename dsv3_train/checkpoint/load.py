@@ -60,7 +60,7 @@ def newest(
         listed = [(complete(root)[::-1], damaged(root))]
     torch.distributed.broadcast_object_list(listed)
     paths, faults = listed[0]
-    passed_over = False
+    passed_over, reasons = False, {}
     for path in paths:
         fault, reason = _verified(path) if verify else None, None
         if rank == 0 and fault is None:
@@ -77,13 +77,14 @@ def newest(
             told(f"not resumed from {path.name}: {reason}")
             passed_over = True
             continue
-        faults.append(path)
+        faults.append(path.with_name(path.name + DAMAGED))
+        reasons[faults[-1]] = f" ({fault}; set aside under this name)"
         told(f"{path}: damaged ({fault}); set aside as {path.name}{DAMAGED}")
         if rank == 0:
             set_aside(path)
     if faults and not passed_over:
         raise UserError(
-            f"{max(faults)}: damaged, and no whole checkpoint is left to go on from; "
+            f"{max(faults)}: damaged{reasons.get(max(faults), '')}, and no whole checkpoint is left to go on from; "
             f"put one there, or remove {root} to train anew"
         )
     return None

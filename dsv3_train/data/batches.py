@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from dsv3_train.errors import UserError
 from dsv3_train.runtime.signals import ignore_in_worker
 
 KEYS = ("tokens", "labels", "position_ids", "loss_mask")
@@ -60,6 +61,27 @@ def micro_batches(
         # Its own, for the loader would draw a seed from the run's random numbers.
         generator=torch.Generator(),
     )
+
+
+def within(vocab_size: int, batches: Iterator[dict[str, torch.Tensor]], data: str) -> Iterator[dict[str, torch.Tensor]]:
+    """The same micro-batches, looked at: under tensor parallelism an embedding takes any token for a zero.
+
+    Args:
+        data: what to call their source.
+
+    Raises:
+        UserError: a token or label that a model of so many has not.
+    """
+    for batch in batches:
+        for name in ("tokens", "labels"):
+            least, most = (int(x) for x in batch[name].aminmax())
+            if least < 0 or most >= vocab_size:
+                token = least if least < 0 else most
+                raise UserError(
+                    f"{data}: holds token {token}, but model.vocab_size is {vocab_size}; prepare it with the tokenizer "
+                    "of this model, or set model.vocab_size to that tokenizer's"
+                )
+        yield batch
 
 
 def _stack(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -22,6 +22,9 @@ _BOUND = (
 )  # fmt: skip
 """Of the free ones, what changes the weights or the data of a run nevertheless."""
 
+LEAST_STEPS = 20
+"""Of each run, for a comparison."""
+
 
 def _is_of(key: str, sections: tuple[str, ...]) -> bool:
     return any(key == section or key.startswith(f"{section}.") for section in sections)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_train.errors import UserError
-from dsv3_train.numerics.comparable import notes, refuse_changed, refuse_other_training, same_seeds
+from dsv3_train.numerics.comparable import LEAST_STEPS, notes, refuse_changed, refuse_other_training, same_seeds
 from dsv3_train.numerics.series import Series, read
 from dsv3_train.recipe.load import diff
 
@@ -21,7 +21,6 @@ BOUND = 0.0025
 """The report's: relative loss error of FP8 against BF16 consistently below 0.25% (section 3.3)."""
 EMA = 0.9
 """The report's smoothing of that comparison: exponential moving average of this coefficient (figure 10)."""
-_LEAST = 20
 
 
 @dataclass(frozen=True)
@@ -171,11 +170,11 @@ def _over_seeds(runs: list[_Pair]) -> list[dict[str, Any]]:
 
 def _common_steps(everything: list[Series]) -> np.ndarray:
     steps_n = reduce(np.intersect1d, [series.steps_n for series in everything])
-    if len(steps_n) < _LEAST:
+    if len(steps_n) < LEAST_STEPS:
         fewest = min(everything, key=lambda series: len(series.steps_n))
         raise UserError(
             f"{fewest.run_dir}: {len(fewest.steps_n)} steps with a finite loss, {len(steps_n)} of them in every run; "
-            f"at least {_LEAST} are needed"
+            f"at least {LEAST_STEPS} are needed"
         )
     first = everything[0]
     for series in everything[1:]:

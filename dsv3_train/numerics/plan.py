@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import get_args
 
 from dsv3_train.errors import UserError
-from dsv3_train.numerics.comparable import differences
+from dsv3_train.numerics.comparable import LEAST_STEPS, differences
+from dsv3_train.optim.schedules import Schedules
 from dsv3_train.recipe.load import load
 from dsv3_train.recipe.schema import NO_FP8, Precision, Recipe
 
@@ -62,6 +63,8 @@ def plan(
         raise UserError("--variants: nothing to compare with the baseline; add one, as emulated or blockwise")
     planned = [_planned(out, name, ref, [*overrides, *_overrides(name)]) for name in names]
     recipe = planned[0].recipe
+    if (steps := Schedules(recipe).total_steps) < LEAST_STEPS:
+        raise UserError(f"training.duration: {steps} steps, and a comparison takes {LEAST_STEPS}; train longer")
     first = recipe.training.seed
     for seed in range(first + 1, first + seeds):
         seeded = [f"training.seed={seed}"]

@@ -293,7 +293,7 @@ def _cpu(recipe: Recipe) -> Faults:
             f"{recipe.precision.fp8} needs a GPU; set precision.fp8=emulated or none, or runtime.device=cuda",
         )
     if recipe.parallel.context > 1:
-        yield "parallel.context", "context parallelism needs GPUs; set parallel.context=1, or runtime.device=cuda"
+        yield "parallel.context", "context parallelism does not run on a CPU; set parallel.context=1"
     if recipe.parallel.dispatcher == "deepep":
         yield "parallel.dispatcher", "deepep needs GPUs; set parallel.dispatcher=alltoall, or runtime.device=cuda"
 

@@ -48,9 +48,10 @@ def _disk_faults(run_dir: Path) -> Iterable[str]:
     while not place.exists():
         place = place.parent
     if not os.access(place, os.W_OK):
-        yield f"runtime.run_dir: {place} cannot be written"
+        yield f"runtime.run_dir: {place} cannot be written; set another, or change its permissions"
     elif shutil.disk_usage(place).free < 64 << 20:
-        yield f"runtime.run_dir: {shutil.disk_usage(place).free >> 20} MiB are free in {place}"
+        free = shutil.disk_usage(place).free >> 20
+        yield f"runtime.run_dir: {free} MiB are free in {place}, and at least 64 are needed; set another, or make room"
 
 
 def _nvidia_smi() -> str:

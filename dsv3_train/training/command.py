@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
-from dsv3_train.checkpoint.directory import complete
+from dsv3_train.checkpoint.directory import complete, resolve
+from dsv3_train.checkpoint.hf.origin import PREFIX
 from dsv3_train.data import manifest
 from dsv3_train.data.prepare import changed_inputs
 from dsv3_train.errors import UserError
@@ -43,6 +45,7 @@ def run(ref: str, overrides: list[str]) -> None:
     startup.mark("interpreter, torch and recipe")
     joined = joined_world() is not None
     if not joined:  # before any process starts; under a launcher, the ranks see to it
+        _refuse_begin(recipe)
         refuse_machine(recipe, device)
         ready_data(recipe)
         startup.mark("data")
@@ -59,6 +62,13 @@ def run(ref: str, overrides: list[str]) -> None:
         device,
         restarts if recipe.faults.max_restarts else None,
     )
+
+
+def _refuse_begin(recipe: Recipe) -> None:
+    """Refuse a checkpoint to begin with that is not there, before there is a run directory."""
+    begin = recipe.checkpoint.load
+    if begin and not begin.startswith(PREFIX) and not complete(recipe.run_dir / "checkpoints"):
+        resolve(Path(begin))
 
 
 def _wait_for_data(recipe: Recipe) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import asdict
 from multiprocessing.util import Finalize
@@ -19,6 +20,16 @@ from dsv3_train.errors import UserError
 from dsv3_train.lines import newest_first, newest_step
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.training.record import StepRecord
+
+
+class _Console(Console):
+    """Falls silent where nobody reads any more (`| head`); rich's own ends the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # for what is flushed at the end
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 class RunLog:
@@ -38,7 +49,7 @@ class RunLog:
 
             # Events after the checkpoint, of an attempt that was cut off, are hidden by `purge_step`.
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
-        self._console = Console()
+        self._console = _Console()
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),

@@ -240,6 +240,9 @@ class Run:
     def _prefixes(self) -> list[str]:
         return [dataset.path for dataset in train_sets(self.recipe)]
 
+    def _data_names(self) -> str:
+        return ", ".join([*self._prefixes(), *(dataset.path for dataset in self.recipe.data.valid)])
+
     def _plan(self, stop_after: int | None) -> Iterator[tuple[int, int]]:
         """First sample and size of each global batch from here on."""
         position = self.position
@@ -265,6 +268,7 @@ class Run:
             workers=self.recipe.data.workers,
             pin_memory=self.device == "cuda",
         )
+        on_cpu = data_batches.within(self.recipe.model.vocab_size, on_cpu, self._data_names())
         return ({name: x.to(self.device, non_blocking=True) for name, x in batch.items()} for batch in on_cpu)
 
     def _step(self, reader: Iterator[Batch] | None, first_sample: int, batch_size: int) -> Verdict:
