@@ -169,7 +169,7 @@ def test_steps_beside_each_other_meet_apart(monkeypatch, tmp_path):
     (tmp_path / "scontrol").chmod(0o755)
     met = []
     for step, node in (("0", "n0"), ("1", "n1")):
-        environment = {**os.environ, **STEP, "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_NODELIST": "n[0-1]"}
+        environment = {**STEP, "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_NODELIST": "n[0-1]"}
         environment |= {"SLURM_STEP_ID": step, "SLURM_STEP_NODELIST": node, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
         with monkeypatch.context() as patch:
             patch.setattr(os, "environ", environment)
@@ -181,13 +181,13 @@ def test_steps_beside_each_other_meet_apart(monkeypatch, tmp_path):
 def test_an_interactive_shell_is_no_step(monkeypatch):
     """As SLURM 22.05 sets them in the shell of `salloc -n2` with use_interactive_step."""
     shell = {**STEP, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}
-    monkeypatch.setattr(os, "environ", {**os.environ, **shell})
+    monkeypatch.setattr(os, "environ", shell)
     assert launching.joined_world() is None
 
 
 def test_srun_where_scontrol_is_not(monkeypatch, tmp_path):
     step = {**STEP, "SLURM_STEP_ID": "0", "SLURM_JOB_NODELIST": "n[0-1]", "PATH": str(tmp_path)}
-    monkeypatch.setattr(os, "environ", {**os.environ, **step})
+    monkeypatch.setattr(os, "environ", step)
     with pytest.raises(UserError, match=r"MASTER_ADDR: not set, and scontrol .* first of n\[0-1\]"):
         launching.joined_world()
 
