@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a disk says that has no room for us."""
 _OF_FILES = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS)
 
 
@@ -22,6 +23,6 @@ def of_file(error: BaseException) -> UserError | None:
     if isinstance(error, OSError) and error.errno in _OF_FILES and error.filename is not None:
         return UserError(f"{error.filename}: {error.strerror}; give another, or change its permissions")
     cause: BaseException | None = error
-    while cause is not None and not (isinstance(cause, OSError) and cause.errno in _FULL):
+    while cause is not None and not (isinstance(cause, OSError) and cause.errno in FULL):
         cause = cause.__cause__ or cause.__context__
     return UserError(f"{cause.filename or 'a disk'}: {cause.strerror}; make room, and start again") if cause else None

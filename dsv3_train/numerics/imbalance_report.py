@@ -21,9 +21,6 @@ _COLOURS = {"1x128": "#2563eb", "128x1": "#0d9488", "128x128": "#ea580c", "tenso
 _LINES = {"E4M3": "-", "E4M3 FP32": ":", "E5M2": "--", "E5M6": "-."}
 
 
-_OF_OPERAND = " dY: |dY' - dY| / |dY| of normal data."
-
-
 def columns(figures: dict[str, Any]) -> tuple[str, ...]:
     """Of the table: two of words, then numbers."""
     spreads = [errors["decades"] for errors in figures["rows"][0]["errors"]]
@@ -45,14 +42,14 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def lines(figures: dict[str, Any]) -> list[str]:
-    """What the columns mean."""
+    """What the columns of errors mean."""
     shape = figures["shape"]
     return [
         f"{figures['product']}, from BF16: {shape['tokens']} tokens, {shape['outputs']} outputs, {shape['inputs']} "
         "inputs. Token i of dY is N(0, 1) times 10^-u, u uniform in [0, decades].",
         "Under each number of decades (0: normal data): 95th percentile over tokens of |dX' - dX| / |dX|, exact sums. "
-        f"lost: tokens whose error is above {figures['lost_above']}, at the widest spread.{_OF_OPERAND} "
-        "Scales are powers of 2, or FP32.",
+        f"lost: tokens whose error is above {figures['lost_above']}, at the widest spread. Scales are "
+        "powers of 2, or FP32.",
     ]
 
 
@@ -61,7 +58,6 @@ def show(figures: dict[str, Any], console: Console) -> None:
     narrow = [(*row[:2], *row[3:]) for row in (columns(figures), *rows(figures))]  # 80 characters, without dY
     console.print(grid(narrow[0], 2, narrow[1:]))
     for line in lines(figures):
-        line = line.replace(_OF_OPERAND, "")
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -103,6 +99,7 @@ def write_study(out: Path, figures: dict[str, Any]) -> list[Path]:
     drawn = picture(figures)
     body = html_table("By format and tile", columns(figures), 2, rows(figures))
     write(paths[0], as_json(figures) + "\n")
-    write(paths[1], page("Formats and tiles of FP8", [], svg(drawn), [body], lines(figures)))
+    told = [*lines(figures), "dY: |dY' - dY| / |dY| of normal data."]
+    write(paths[1], page("Formats and tiles of FP8", [], svg(drawn), [body], told))
     save(drawn, paths[2])
     return paths

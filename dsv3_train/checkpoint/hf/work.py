@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_train import locks
-from dsv3_train.errors import UserError
+from dsv3_train.errors import FULL, UserError
 from dsv3_train.runtime.workers import each, pool
 
 Progress = Callable[[str, int, int], None]
@@ -132,7 +131,7 @@ def _told(where: Path, error: BaseException) -> UserError | None:
     """What to say of an error that is no fault of the program; None: it is one."""
     if isinstance(error, BrokenProcessPool):
         return Interrupted(f"{where}: a worker was killed (out of memory?); run again with fewer workers, it goes on")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in FULL:
         return Interrupted(f"{where}: {error.strerror}; make room and run again, it goes on where it was")
     if isinstance(error, OSError):
         return UserError(f"{error.filename or where}: {error.strerror or error}")
