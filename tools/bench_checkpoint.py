@@ -29,6 +29,7 @@ def work(recipe: Any, device: str, saves: int) -> None:
 
     from dsv3_train.checkpoint.save import CheckpointWriter
     from dsv3_train.checkpoint.state import Guarded, Position, training_state
+    from dsv3_train.optim.gather import fill
     from dsv3_train.training.assemble import assemble
 
     distributed.start(recipe, device)
@@ -55,7 +56,7 @@ def work(recipe: Any, device: str, saves: int) -> None:
                 training_state, recipe, Position(step=step), Guarded(), trainer.models, trainer.optimizer, None,
                 loading=False, with_random_state=True,
             )  # fmt: skip
-            writer.save(state, step)
+            writer.save(state, step, partial(fill, trainer.optimizer))
             while writer._save is not None:
                 time.sleep(0.1)  # training
                 writer.poll()

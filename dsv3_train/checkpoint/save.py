@@ -12,6 +12,7 @@ import queue
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -94,6 +96,8 @@ class CheckpointWriter:
         self._saved = saved  # told on rank 0 when a checkpoint is whole, and for how many seconds training stood still
         self._failed = failed  # told on every rank the step and the reason
         self._save: _Save | None = None
+        self._cleaner = ThreadPoolExecutor(1)  # deleting takes a file system seconds
+        self._cleaning: tuple[int, Future] | None = None  # after the save of this step; on rank 0
         self._whole = True
         self._stood_still, self._began = 0.0, 0.0
         self._rank = torch.distributed.get_rank()
@@ -102,12 +106,15 @@ class CheckpointWriter:
         # (filesystem_async._get_write_results_queue); our results come through a pipe of our own.
         filesystem_async._results_queue = queue.Queue()
 
-    def save(self, state: Callable[[], dict], step: int) -> None:
-        """Begin to save `state()` as the checkpoint of `step`. Collective."""
+    def save(self, state: Callable[[], dict], step: int, fill: Callable[[list[ShardedTensor]], None]) -> None:
+        """Begin to save `state()` as the checkpoint of `step`; `fill` gives the tensors to write here their values.
+
+        Collective.
+        """
         self.finish()  # one at a time: a second would only compete for the disk
         self._stood_still, self._whole = 0.0, False
         with self._standing_still():
-            self._begin(state, step)
+            self._begin(state, step, fill)
         if not self.asynchronous:
             self.finish()
 
@@ -118,7 +125,7 @@ class CheckpointWriter:
         yield
         self._stood_still += time.perf_counter() - start
 
-    def _begin(self, state: Callable[[], dict], step: int) -> None:
+    def _begin(self, state: Callable[[], dict], step: int, fill: Callable[[list[ShardedTensor]], None]) -> None:
         unfinished = step_path(self.root, step).with_name(step_path(self.root, step).name + UNFINISHED)
         error = None
         if self._rank == 0:
@@ -130,7 +137,7 @@ class CheckpointWriter:
         if self._any_failed(step, error):
             return
         sharded, common = save_preprocess(state(), validate_access_integrity=False)  # `divide` does, where it must
-        self._shares.divide(sharded)
+        fill(self._shares.divide(sharded))
         writer, contents = _Plan(*_FORMAT, thread_count=1).async_save(sharded, unfinished)  # type: ignore[misc]
         # From here on nothing depends on the state: on a GPU, copies; on a CPU, the fork's own memory.
         buckets = FileSystemWriterAsync.preload_tensors(writer.write_buckets) if writer.write_buckets else []
@@ -162,6 +169,10 @@ class CheckpointWriter:
             with self._standing_still():
                 self._receive(None)
                 self._complete()
+        if self._cleaning is not None:
+            (step, cleaning), self._cleaning = self._cleaning, None
+            if reason := cleaning.exception():
+                self._failed(step, f"it is saved, but older ones cannot be removed: {_in_words(reason)}")
         return self._whole
 
     def _receive(self, seconds: float | None) -> None:
@@ -208,10 +219,7 @@ class CheckpointWriter:
         self._whole = True
         if self._rank:
             return
-        try:
-            prune(self.root, self.keep_last)
-        except OSError as reason:
-            self._failed(save.step, f"it is saved, but older ones cannot be removed: {_in_words(reason)}")
+        self._cleaning = save.step, self._cleaner.submit(prune, self.root, self.keep_last)
         self._saved(final, self._stood_still + time.perf_counter() - self._began)
 
     def _any_failed(self, step: int, error: str | None, unfinished: Path | None = None) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -49,8 +49,8 @@ class WriteShares:
         self._strategy = strategy
         self._built: list[tuple] | None = None
 
-    def divide(self, sharded_state_dict: dict[str, Any]) -> None:
-        """Make this rank the main replica of its share. Collective over all ranks.
+    def divide(self, sharded_state_dict: dict[str, Any]) -> list[ShardedTensor]:
+        """Make this rank the main replica of its share; the tensors that it writes. Collective over all ranks.
 
         Raises:
             CheckpointingException: not every part of every tensor is some rank's.
@@ -70,6 +70,7 @@ class WriteShares:
         for wrapper, tensors in zip((self._experts, self._others), kinds, strict=True):
             if wrapper.parallelization_group.size() > 1:  # or it has nothing to cache, and asks all ranks every time
                 wrapper.apply_saving_parallelization(tensors)
+        return [x for some in kinds for x in nested_values(some) if is_main_replica(x.replica_id)]
 
 
 def _groups() -> ProcessGroupCollection:

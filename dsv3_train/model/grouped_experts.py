@@ -82,7 +82,9 @@ class GroupedExperts(MegatronModule):
             return [
                 ShardedTensor.from_rank_offsets(
                     key,
-                    half.contiguous(),
+                    half
+                    if half.is_meta
+                    else half.contiguous(),  # a plan of what to save (optim/gather.py) copies later
                     *sharded_offsets,
                     experts,
                     (axis + 1, tp_rank + place * tp_size, 2 * tp_size),

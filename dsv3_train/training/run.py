@@ -20,6 +20,7 @@ from dsv3_train.data import manifest
 from dsv3_train.data.sets import train_sets
 from dsv3_train.errors import UserError
 from dsv3_train.optim.ema import ParameterEma
+from dsv3_train.optim.gather import fill
 from dsv3_train.optim.schedules import Schedules, Values
 from dsv3_train.profiling.live import Watch
 from dsv3_train.recipe.schema import Recipe
@@ -388,4 +389,4 @@ class Run:
             loading=False,
             with_random_state=True,
         )
-        self.writer.save(state, self.position.step)
+        self.writer.save(state, self.position.step, functools.partial(fill, self.trainer.optimizer))

@@ -38,6 +38,7 @@ def test_data_parallel_ranks_share_writing_and_reading(data, tmp_path):  # noqa:
 
         from dsv3_train.checkpoint.load import load_training
         from dsv3_train.checkpoint.state import training_state
+        from dsv3_train.optim.gather import fill
         from dsv3_train.training.assemble import assemble
 
         def load(per_node: int) -> tuple[int, list]:
@@ -47,7 +48,9 @@ def test_data_parallel_ranks_share_writing_and_reading(data, tmp_path):  # noqa:
             position, guarded, _ = load_training(tmp_path / "checkpoints" / "step_00000003", settings, *whole)
             read = bytes_read() - before
             state = training_state(settings, position, guarded, *whole, loading=False, with_random_state=False)
-            return read, [x for x in nested_values(state) if isinstance(x, ShardedTensor)]
+            tensors = [x for x in nested_values(state) if isinstance(x, ShardedTensor)]
+            fill(trainer.optimizer, tensors)
+            return read, tensors
 
         distributed.start(leg("pp2_ep2", schedule="dualpipe"), "cpu")
         (read, expected), (shared, got) = load(4), load(2)

@@ -88,7 +88,7 @@ def test_a_save_that_training_waits_for_is_no_hang(tmp_path):
         saved: list[Path] = []
         checkpoints = save.CheckpointWriter(tmp_path / "all", 1, False, lambda path, _: saved.append(path), print)
         tensor = ShardedTensor.from_rank_offsets("x", torch.arange(4.0), (0, rank, 2))
-        checkpoints.save(lambda: {"x": tensor, "position": {"step": 1}}, 1)
+        checkpoints.save(lambda: {"x": tensor, "position": {"step": 1}}, 1, lambda tensors: None)
         (tmp_path / str(rank)).write_text(f"{beat.marks > 2} {[path.name for path in saved]}")
         distributed.stop()
 

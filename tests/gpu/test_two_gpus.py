@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from published import published
+from test_gather import check
 from test_te import MODEL
 
 from dsv3_train.recipe.schema import Recipe
@@ -82,6 +83,15 @@ def two_as_one(tmp_path, one: dict, two: dict) -> None:
     print(sorted(((error, name) for name, error in errors.items()), reverse=True)[:5])
     # A token that rounding sends to another expert moves its router's gradients more than others'.
     assert {name: error for name, error in errors.items() if error > (0.3 if "router" in name else 0.1)} == {}
+
+
+def test_optimizer_states_are_gathered(tmp_path):
+    """With NCCL into pinned memory: those that a rank asks for, as Megatron-core puts together all of them."""
+    precision = {"params": "bf16", "adam_moments": "bf16"}
+    parallel = {"world_size": 2, "expert": 2, "zero1": True}
+    recipe = tiny(model=MODEL, runtime={"device": "cuda"}, precision=precision, parallel=parallel)
+    torchrun("states", recipe, tmp_path, 2)
+    check(tmp_path, 2)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "dualpipe", "dualpipev", "zb1p"])

@@ -143,6 +143,10 @@ def main() -> None:
         from parity import train
 
         train(recipe, Path(out), device="cuda", steps=3)
+    elif what == "states":
+        from test_gather import compare
+
+        compare(recipe, Path(out), "cuda")
     else:
         pairs(recipe, Path(out))
 
