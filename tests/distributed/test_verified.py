@@ -95,3 +95,40 @@ def test_a_save_that_training_waits_for_is_no_hang(tmp_path):
     launch(work, 2, "cpu")
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["True ['step_00000001']", "True []"]
     assert checksums.fault(tmp_path / "all" / "step_00000001") is None
+
+
+def test_training_does_not_wait_for_old_checkpoints_to_be_deleted(tmp_path):
+    """What cannot be deleted is told when the next save begins, and costs no checkpoint."""
+    distributed.prepare_import("cpu")
+    from dsv3_train.checkpoint import save
+
+    def slow_and_failing(root: Path, keep_last: int) -> None:
+        time.sleep(2)
+        raise OSError(5, "Input/output error")
+
+    def work() -> None:
+        save.prune = slow_and_failing
+        distributed.start(tiny(), "cpu")
+        said: list[str] = []
+        checkpoints = save.CheckpointWriter(
+            tmp_path / "all",
+            1,
+            True,
+            lambda path, seconds: said.append(f"{path.name} {seconds < 1.5}"),
+            lambda step, reason: said.append(f"{step}: {reason}"),
+        )
+        for step in (1, 2):
+            checkpoints.save(lambda step=step: {"position": {"step": step}}, step, lambda tensors: None)
+            while checkpoints._save is not None:
+                time.sleep(0.05)  # training
+                checkpoints.poll()
+        said.append(f"whole: {checkpoints.finish()}")
+        (tmp_path / "said").write_text("\n".join(said))
+        distributed.stop()
+
+    launch(work, 1, "cpu")
+    failed = "it is saved, but older ones cannot be removed: [Errno 5] Input/output error"
+    assert (tmp_path / "said").read_text().splitlines() == [
+        *("step_00000001 True", f"1: {failed}"),
+        *("step_00000002 True", f"2: {failed}", "whole: True"),
+    ]
