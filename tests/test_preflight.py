@@ -56,6 +56,23 @@ def test_wrong_version_on_one_rank_is_named():
         launch(work, 3, "cpu")
 
 
+@pytest.mark.parametrize("preflight", [True, False])
+def test_another_recipe_on_one_node_is_named(tmp_path, preflight):
+    """Nodes that were started by hand, one with an override that the others lack."""
+    from parity import tiny
+
+    def work() -> None:
+        rank = int(os.environ["RANK"])
+        one = tiny(faults={"preflight": preflight, "join_seconds": 20}, parallel={"world_size": 3, "gpus_per_node": 1})
+        optim = one.optim.model_copy(update={"beta2": 0.9} if rank == 2 else {})
+        os.environ["LOCAL_RANK"] = "0"
+        preflight_run.join(one.model_copy(update={"optim": optim}), "cpu", tmp_path)
+
+    named = r"^rank 2 on \S+: optim.beta2 is 0.9, and 0.95 on the other ranks; start all nodes with the same recipe"
+    with pytest.raises(UserError, match=named):
+        launch(work, 3, "cpu")
+
+
 def test_broken_node_is_named(tmp_path):
     def work() -> None:
         faults = ["no room"] if os.environ["RANK"] == "1" else []
@@ -84,7 +101,7 @@ def test_a_limit_of_open_files_is_raised_or_told(hard, message):
 def test_a_version_that_only_one_rank_has():
     everyone = [Presence(rank, "h", {"torch": "1", **({"nccl": "2"} if rank < 2 else {})}) for rank in range(3)]
     assert [line.split(";")[0] for line in differences(everyone)] == [
-        "rank 2 on h: nccl is None, and 2 on the other ranks"
+        "rank 2 on h: nccl is missing, and 2 on the other ranks"
     ]
 
 

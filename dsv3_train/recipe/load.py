@@ -76,9 +76,14 @@ def values(recipe: Recipe) -> dict[str, Any]:
     return plain
 
 
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """Its plain values by key, as `training.seed`; lists and schedules count as one setting."""
+    return dict(_flat(values(recipe)))
+
+
 def diff(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
-    """(key, value in a, value in b) of every setting that differs; lists and schedules count as one setting."""
-    left, right = dict(_flat(values(a))), dict(_flat(values(b)))
+    """(key, value in a, value in b) of every one of the `settings` that differs."""
+    left, right = settings(a), settings(b)
     keys = [*left, *(key for key in right if key not in left)]
     return [(key, left.get(key), right.get(key)) for key in keys if left.get(key) != right.get(key)]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsv3_train.recipe.load import load
+from dsv3_train.recipe.load import load, settings
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import distributed, heartbeat
 from dsv3_train.runtime.launch import launch
@@ -36,7 +36,7 @@ def join(recipe: Recipe, device: str, run_dir: Path) -> list[str]:
     """Meet the other ranks and divide into groups; what was found, in words, on every rank. Collective.
 
     Raises:
-        UserError: a rank is missing, a node is broken or has other versions: named.
+        UserError: a rank is missing, a node is broken or has other versions or another recipe: named.
     """
     if not recipe.faults.preflight:
         store, _ = _meet(recipe, Presence(int(os.environ["RANK"])))
@@ -95,4 +95,6 @@ def _check(recipe: Recipe, device: str, run_dir: Path, watched: Path) -> Report:
 
 
 def _meet(recipe: Recipe, me: Presence) -> tuple[Store, list[Presence]]:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        me = replace(me, settings=settings(recipe))
     return meet(me, recipe.faults.join_seconds, recipe.parallel.gpus_per_node)

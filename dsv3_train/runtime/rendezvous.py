@@ -30,6 +30,8 @@ class Presence:
     versions: dict[str, Any] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     """Why its node cannot take part."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of its recipe, by key; the first rank of a node tells them."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}"
@@ -46,7 +48,7 @@ def meet(me: Presence, seconds: float, per_node: int) -> tuple[dist.Store, list[
 
     Raises:
         Absent: on every rank that came, with the same text: who is missing, which node is at fault, who has another
-            version; or, on this one, that the meeting place does not answer.
+            version or recipe; or, on this one, that the meeting place does not answer.
     """
     world = int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -122,13 +124,21 @@ def _receive(store: dist.Store, world: int, seconds: float, per_node: int) -> tu
 
 
 def differences(everyone: list[Presence]) -> list[str]:
-    """One line for each rank and package whose version is not the one of most ranks."""
+    """One line for each rank and package whose version is not the one of most ranks; and for settings of recipes."""
+    versions = [(presence, presence.versions) for presence in everyone]
+    settings = [(presence, presence.settings) for presence in everyone if presence.settings]
+    same_recipe = "start all nodes with the same recipe and overrides"
+    return _unlike(versions, "install the same") + _unlike(settings, same_recipe)
+
+
+def _unlike(told: list[tuple[Presence, dict[str, Any]]], mend: str) -> list[str]:
     lines = []
-    for name in everyone[0].versions:
-        usual = Counter(presence.versions.get(name) for presence in everyone).most_common(1)[0][0]
+    for name in dict.fromkeys(name for _, values in told for name in values):
+        of_each = [json.dumps(values[name]).strip('"') if name in values else "missing" for _, values in told]
+        usual = Counter(of_each).most_common(1)[0][0]
         lines += [
-            f"{presence}: {name} is {presence.versions.get(name)}, and {usual} on the other ranks; install the same"
-            for presence in everyone
-            if presence.versions.get(name) != usual
+            f"{presence}: {name} is {value}, and {usual} on the other ranks; {mend}"
+            for (presence, _), value in zip(told, of_each, strict=True)
+            if value != usual
         ]
     return lines
