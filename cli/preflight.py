@@ -31,9 +31,15 @@ def preflight(
 
 def _print_json(report: Report) -> None:
     import json
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
-    ranks = [{**asdict(one), **asdict(two)} for one, two in zip(report.everyone, report.measured, strict=True)]
+    # That recipes are the same goes without saying.
+    ranks = [
+        {**asdict(replace(one, settings={})), **asdict(two)}
+        for one, two in zip(report.everyone, report.measured, strict=True)
+    ]
+    for rank in ranks:
+        del rank["settings"]
     print(json.dumps({"ranks": ranks, "findings": report.findings}))
 
 

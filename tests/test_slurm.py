@@ -113,6 +113,12 @@ def test_what_is_refused(site):
         prepared(f"schedule.lr={pieces}", "training.duration=200 steps")
     with pytest.raises(UserError, match="duraton"):
         prepared(sweep=("training.duraton=1,2",))
+    with pytest.raises(UserError, match=r"^--time: '24h': give MINUTES, HOURS:MINUTES:SECONDS"):
+        prepare("dsv3_16b", [], [], {"time": "24h"})
+    site.write_text("{time: '5:00'}")
+    with pytest.raises(UserError, match=r"cluster\.yaml: time: 5:00: a job is told to save 300 s before"):
+        prepare("dsv3_16b", [], [], {})
+    prepare("dsv3_16b", [], [], {"time": "5:01"})
     site.write_text("{partitoin: x}")
     with pytest.raises(UserError, match=r"cluster\.yaml: partitoin: unknown key; there are partition"):
         cluster.load()
@@ -122,6 +128,9 @@ def test_what_is_refused(site):
     site.write_text("{a: [")
     with pytest.raises(UserError, match=r"cluster\.yaml: no YAML"):
         cluster.load()
+    forms = {"30": 30, "30:15": 30.25, "24:00:00": 1440, "1-0": 1440, "1-2:3": 1563, "7-00:00:00": 10080}
+    assert {text: cluster.seconds(text) / 60 for text in forms} == forms
+    assert cluster.seconds("UNLIMITED") == float("inf")
     with pytest.raises(UserError, match="no run that was submitted"):
         status("nothing")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Union
 
@@ -20,7 +21,7 @@ class Cluster(BaseModel):
     partition: Union[str, None] = None
     account: Union[str, None] = None
     time: Union[str, None] = None
-    """Limit of one job, as SLURM writes it: 24:00:00, 7-00:00:00."""
+    """Limit of one job, as SLURM writes it: "24:00:00" (quoted, or YAML takes it for a number), 7-00:00:00."""
     container: Union[str, None] = None
     """Image for pyxis (`srun --container-image`); null: no container."""
     mounts: list[str] = Field(default_factory=list)
@@ -39,16 +40,43 @@ class Cluster(BaseModel):
     """Ask for GPUs with `--gpus-per-node`; false where SLURM does not know of them."""
 
 
+_DAYS = re.compile(r"(\d+)-(\d+)(?::(\d+))?(?::(\d+))?")
+_CLOCK = re.compile(r"(?:(\d+):)??(\d+)(?::(\d+))?")
+"""[HOURS:]MINUTES[:SECONDS]; of two numbers the first are minutes."""
+
+
+def seconds(time: str) -> float:
+    """A limit as sbatch's `--time` reads it, in seconds; infinite for UNLIMITED.
+
+    Raises:
+        ValueError: sbatch would not take it; with the forms that it takes.
+    """
+    if time.lower() in ("unlimited", "infinite"):
+        return float("inf")
+    if found := _DAYS.fullmatch(time):
+        days, hours, minutes, rest = (int(number or 0) for number in found.groups())
+    elif found := _CLOCK.fullmatch(time):
+        days, (hours, minutes, rest) = 0, (int(number or 0) for number in found.groups())
+    else:
+        raise ValueError("give MINUTES, HOURS:MINUTES:SECONDS, DAYS-HOURS or unlimited, as 24:00:00")
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def file() -> Path:
+    """Where the site's file is, if there is one."""
+    told = os.environ.get("DSV3_CLUSTER")
+    return Path(told) if told else Path.home() / ".config" / "dsv3" / "cluster.yaml"
+
+
 def load() -> Cluster:
     """The site's file; without one, no defaults.
 
     Raises:
         UserError: the file is no YAML, or has a key that does not exist or a value of another type.
     """
-    told = os.environ.get("DSV3_CLUSTER")
-    path = Path(told) if told else Path.home() / ".config" / "dsv3" / "cluster.yaml"
+    path = file()
     if not path.is_file():
-        if told:
+        if os.environ.get("DSV3_CLUSTER"):
             raise UserError(f"DSV3_CLUSTER: {path} does not exist")
         return Cluster()
     try:

@@ -86,7 +86,7 @@ def prepare(
         given: partition, account, time, container: what is not None wins over the site's file.
 
     Raises:
-        UserError: the recipe (in any combination), the site's file or the number of nodes is at fault, or the
+        UserError: the recipe (in any combination), the site's file, the time or the number of nodes is at fault, or the
             combinations cannot share a script.
     """
     defaults = site.load().model_copy(update={name: value for name, value in given.items() if value is not None})
@@ -108,6 +108,9 @@ def prepare(
         recipes.append(recipe)
         run_dirs.append(Path(run_dir).absolute())
     refuse_unlike(recipes, sweep)
+    lead = recipes[0].faults.stop_lead_seconds
+    if defaults.time is not None:
+        _refuse_time(defaults.time, "--time" if given.get("time") else f"{site.file()}: time", lead)
     nodes(recipes[0], asked_nodes)
     job = Job(recipes, run_dirs, Path.cwd(), max_requeues=max_requeues, options=options or [])
     # On the nodes this very installation is used, unless a container or the site's setup brings its own.
@@ -116,6 +119,18 @@ def prepare(
 
         job = replace(job, command=f"{sys.executable} -m dsv3_cli.main")
     return Prepared(job, script(job, defaults), [dump(recipe) for recipe in recipes])
+
+
+def _refuse_time(time: str, where: str, lead: int) -> None:
+    try:
+        left = site.seconds(time) - lead
+    except ValueError as error:
+        raise UserError(f"{where}: {time!r}: {error}") from None
+    if left <= 0:
+        raise UserError(
+            f"{where}: {time}: a job is told to save {lead} s before its time is over (faults.stop_lead_seconds), "
+            "which would be at once; give it more time, or lower that"
+        )
 
 
 @dataclass(frozen=True)
