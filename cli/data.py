@@ -145,6 +145,8 @@ def _show_samples(run_dir: str, asked: list[str], as_json: bool) -> None:
     if as_json:
         print(json.dumps({"samples": [dataclasses.asdict(sample) for sample in found]}))
         return
+    if not found:
+        print(f"{run_dir}: no sample is passed over")
     for sample in found:
         why = "" if sample.reason is None else f", passed over ({sample.reason}"
         why += f", step {sample.step})" if sample.step else (")" if why else "")

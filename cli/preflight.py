@@ -31,15 +31,11 @@ def preflight(
 
 def _print_json(report: Report) -> None:
     import json
-    from dataclasses import asdict, replace
+    from dataclasses import asdict
 
-    # That recipes are the same goes without saying.
-    ranks = [
-        {**asdict(replace(one, settings={})), **asdict(two)}
-        for one, two in zip(report.everyone, report.measured, strict=True)
-    ]
+    ranks = [{**asdict(one), **asdict(two)} for one, two in zip(report.everyone, report.measured, strict=True)]
     for rank in ranks:
-        del rank["settings"]
+        del rank["settings"]  # the recipe's, on all of them
     print(json.dumps({"ranks": ranks, "findings": report.findings}))
 
 
