@@ -82,9 +82,8 @@ class GroupedExperts(MegatronModule):
             return [
                 ShardedTensor.from_rank_offsets(
                     key,
-                    half
-                    if half.is_meta
-                    else half.contiguous(),  # a plan of what to save (optim/gather.py) copies later
+                    # What has no storage yet tells by its strides what to copy (optim/gather.py).
+                    half if half.is_meta else half.contiguous(),
                     *sharded_offsets,
                     experts,
                     (axis + 1, tp_rank + place * tp_size, 2 * tp_size),
