@@ -111,7 +111,7 @@ def test_overlapped_reductions(run, schedule):
     assert_same(got, run(recipe(None, "pp2_ep2", 4), steps=STEPS))
 
 
-@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
+@pytest.mark.parametrize("schedule", ["dualpipe", pytest.param("dualpipev", marks=pytest.mark.slow)])
 def test_per_token_loss(run, schedule):
     """Megatron's `calculate_per_token_loss` divides by the tokens of the global batch, which any rank may have."""
     options = {"steps": 2, "settings": {"calculate_per_token_loss": True}}
@@ -119,7 +119,7 @@ def test_per_token_loss(run, schedule):
     assert_same(got, run(recipe(None, "pp2_ep2", 3), **options))
 
 
-@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
+@pytest.mark.parametrize("schedule", ["dualpipe", pytest.param("dualpipev", marks=pytest.mark.slow)])
 def test_sequences_of_differing_length(run, schedule):
     """Shapes travel before the tensors."""
     options = {"steps": 2, "lengths": (32, 20, 27), "settings": {"variable_seq_lengths": True}}
