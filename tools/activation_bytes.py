@@ -54,16 +54,12 @@ def stand_in_for_peers() -> None:
         return _Done() if asynchronous else None
 
     def all_to_all(out, x, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
-        count = dist.get_world_size(group)
-        sizes = [out.size(0) // count] * count if output_split_sizes is None else list(output_split_sizes)
-        start = 0
-        for size in map(int, sizes):  # each peer sends what we would send to one
-            taken = 0
-            while taken < size:
-                piece = min(size - taken, x.size(0))
-                out[start + taken : start + taken + piece].copy_(x[:piece])
-                taken += piece
-            start += size
+        # One copy: every peer holds what we hold, so rows of ours stand for those that arrive.
+        taken = 0
+        while taken < out.size(0):
+            piece = min(out.size(0) - taken, x.size(0))
+            out[taken : taken + piece].copy_(x[:piece])
+            taken += piece
         return done(async_op)
 
     def all_gather(out, x, group=None, async_op=False):

@@ -10,6 +10,7 @@ from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel.random import convert_cuda_rng_state
 
 from dsv3_train.model.init import sharding_metadata
 from dsv3_train.optim.build import begin_moments
@@ -108,12 +109,21 @@ def training_state(
 def random_state() -> dict[str, Any]:
     """The state of this rank's random number generators, as tensors."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0)
-    return {"cpu": torch.get_rng_state(), "cuda": cuda, "megatron": tensor_parallel.get_cuda_rng_tracker().get_states()}
+    tracked = tensor_parallel.get_cuda_rng_tracker().get_states()
+    megatron = {name: convert_cuda_rng_state(state) for name, state in tracked.items()}
+    return {"cpu": torch.get_rng_state(), "cuda": cuda, "megatron": megatron}
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Undo `random_state`."""
+    """Undo `random_state`. Generators stay the same objects: a CUDA graph advances those that it knows."""
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    tracked = tracker.get_states()
+    for name, saved in state["megatron"].items():
+        if isinstance(tracked.get(name), torch.Generator):
+            tracked[name].set_state(saved)
+        else:
+            tracked[name] = saved
+    tracker.set_states(tracked)

@@ -68,6 +68,12 @@ def _build(recipe: Recipe, config: MLATransformerConfig, place: Place) -> Stage:
 
         set_arithmetic(chunk, BlockScaled(recipe.precision.power_of_2_scales))
     caches.install(chunk, recipe.precision)
+    if use_te:
+        from dsv3_train.model import operators, resident_experts  # Triton is not everywhere
+
+        operators.install()
+        if not recipe.precision.fp8_dispatch:
+            resident_experts.install(chunk, config)
     if recipe.precision.fp8_dispatch:
         dispatch.install(chunk)
     for name, parameter in chunk.named_parameters():

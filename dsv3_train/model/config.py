@@ -98,8 +98,6 @@ def megatron_config(recipe: Recipe, device: str, *, inference: bool = False) -> 
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        cross_entropy_loss_fusion=on_gpu,
-        cross_entropy_fusion_impl="te" if on_gpu else "native",
         gradient_accumulation_fusion=on_gpu and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
     )
     # Set afterwards: Megatron allows both for its own interleaved schedule only (transformer_config.py:1857, 1909).

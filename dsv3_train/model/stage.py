@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.extensions.transformer_engine import te_parallel_cross_entropy
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -126,20 +125,16 @@ class Stage(GPTModel):
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """As Megatron-core's: cross entropy in FP32, labels [b, s] and logits [s, b, vocabulary] -> [b, s].
 
-        TE's, otherwise than Megatron calls it; tests/gpu/test_te.py says when upstream's needs neither:
-
-        - It keeps the logits' gradient in their memory. In BF16 that is p rounded, minus 1 for the label: where p is
-          0.95 the label's gradient is 2% off, where it is 0.9985 or more it is 0. So the logits are FP32's (2.1 GB for
-          4096 tokens of the report's vocabulary).
-        - Megatron passes `is_cg_capturable` for CUDA graphs alone. Without it the backward pass copies a 1.0 from the
-          host, which so waits for the GPU once a micro-batch (28 to 35 ms at the report's layers on an H200), and what
-          should overlap comes late.
+        On a GPU our own kernel. Transformer Engine's keeps the logits' gradient in their memory as the probability
+        rounded, minus 1 for the label: in BF16 that is 2% off where the probability is 0.95, and 0 where it is 0.9985
+        or more (tests/gpu/test_te.py). So it needs a copy of the logits in FP32, 2.1 GB for 4096 tokens of the
+        report's vocabulary.
         """
-        if self.config.cross_entropy_fusion_impl != "te":
+        if not logits.is_cuda:
             return super().compute_language_model_loss(labels, logits)
-        labels_sb = labels.t().flatten().view(logits.shape[:2])  # TE wants a last stride of 1 also where b is 1
-        loss_sb = te_parallel_cross_entropy(logits.float(), labels_sb, self.pg_collection.tp, True)
-        return loss_sb.transpose(0, 1).contiguous()
+        from dsv3_train.kernels.cross_entropy import cross_entropy  # Triton is not everywhere
+
+        return cross_entropy(logits, labels, self.pg_collection.tp)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """As Megatron-core's; a replica's tensors are marked as such, and a shared embedding is its owner's to give."""

@@ -57,6 +57,11 @@ def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> Me
         from dsv3_train.runtime import cpu
 
         cpu.use_adam(AdamW)
+    else:
+        from dsv3_train.optim import gpu_adamw
+
+        # Master weights of FP8 parameters have a way of their own into Transformer Engine's.
+        gpu_adamw.use(not recipe.precision.fp8_params)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",

@@ -346,6 +346,10 @@ class Runtime(Section):
     """Only operations that give the same bits every time: the same layout then gives the same run, also across
     restarts. A CPU always does; on GPUs it costs speed."""
 
+    cuda_graph: bool = True
+    """On a GPU, record a micro-batch once and replay it, where nothing in it waits for the host or another rank: BF16,
+    one stage, all experts on each rank. Other layouts run as without it."""
+
     @field_validator("run_dir")
     @classmethod
     def _only_name_in_braces(cls, value: str) -> str:

@@ -118,7 +118,10 @@ def _divide(recipe: Recipe, **options: bool) -> None:
         **options,
     )
     torch.manual_seed(recipe.training.seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(recipe.training.seed)
+    # Generators whose states a CUDA graph can advance, where there are any.
+    tensor_parallel.model_parallel_cuda_manual_seed(
+        recipe.training.seed, use_cudagraphable_rng=torch.cuda.is_available()
+    )
 
 
 def stop() -> None:

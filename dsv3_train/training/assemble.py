@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
@@ -16,6 +18,7 @@ from dsv3_train.pipeline.messages import Messages
 from dsv3_train.recipe.chunks import SCHEDULED
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import pipeline_groups
+from dsv3_train.training import cuda_graph
 from dsv3_train.training.experts import ExpertLoad
 from dsv3_train.training.step import Trainer, connect
 
@@ -32,12 +35,14 @@ def assemble(recipe: Recipe, device: str, drawn_on: str = "cpu") -> Trainer:
         model.to(device)
         initialize(model, recipe.training.seed, recipe.model.initializer_range, drawn_on)
     load = ExpertLoad(models, recipe.model)
-    chunks = wrap_chunks(recipe, config, [in_training_precision(model, config) for model in models])
+    graph = None if cuda_graph.why_not(recipe, device, models) else cuda_graph.MicroBatchGraph()
+    with graph.on_stream() if graph else contextlib.nullcontext():
+        chunks = wrap_chunks(recipe, config, [in_training_precision(model, config) for model in models])
     executor = None
     if recipe.pipeline.schedule in SCHEDULED:
         weight_gradients.install()
         executor = _executor(recipe, config, models)
-    trainer = Trainer(recipe, config, models, chunks, build_optimizer(recipe, chunks), load, executor)
+    trainer = Trainer(recipe, config, models, chunks, build_optimizer(recipe, chunks), load, executor, graph)
     connect(trainer)
     return trainer
 

@@ -27,7 +27,7 @@ from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import heartbeat, incidents
 from dsv3_train.runtime.exits import PREEMPTED
 from dsv3_train.runtime.signals import StopRequest
-from dsv3_train.training import indices
+from dsv3_train.training import cuda_graph, indices
 from dsv3_train.training.assemble import assemble
 from dsv3_train.training.guard import Guard, Verdict
 from dsv3_train.training.log import RunLog
@@ -88,6 +88,9 @@ class Run:
         startup.mark("resume")
         if self.leader:
             self.log = RunLog(run_dir, recipe, total_steps=self.schedules.total_steps, resumed_step=self.position.step)
+        without = cuda_graph.why_not(recipe, device, self.trainer.models)
+        if device == "cuda":
+            said.append(f"no CUDA graph: {without}" if without else "each micro-batch is a CUDA graph from step 2 on")
         for note in [*notes, *said]:
             self._event(note)
         self.writer = CheckpointWriter(

@@ -21,6 +21,7 @@ from dsv3_train.pipeline.executor import Executor
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import heartbeat
 from dsv3_train.runtime.pipeline_groups import replicas
+from dsv3_train.training.cuda_graph import MicroBatchGraph
 from dsv3_train.training.experts import ExpertLoad
 from dsv3_train.training.losses import Losses, reduce_losses
 
@@ -40,7 +41,9 @@ class Trainer:
     optimizer: MegatronOptimizer
     load: ExpertLoad
     executor: Executor | None
-    """Runs the schedule; None: Megatron-core does."""
+    """Runs the schedule; None: Megatron-core does, or the graph."""
+    graph: MicroBatchGraph | None = None
+    """Replays micro-batches, where nothing in them has to wait for the host."""
 
 
 def connect(trainer: Trainer) -> None:
@@ -98,7 +101,7 @@ def _run(trainer: Trainer, batches: list[Batch] | None, count: int, forward_only
     training, chunks = trainer.recipe.training, trainer.chunks
     iterators = [_of_direction(trainer, model.place, batches) for model in trainer.models]
     several = len(chunks) > 1 or trainer.executor is not None
-    run: Callable[..., list[Batch]] = trainer.executor or get_forward_backward_func()
+    run: Callable[..., list[Batch]] = trainer.executor or trainer.graph or get_forward_backward_func()
     return run(
         forward_step_func=_forward,
         data_iterator=iterators if several else iterators[0],
