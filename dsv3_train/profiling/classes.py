@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsv3_train.errors import UserError
+from dsv3_train.profiling.files import text
+from dsv3_train.profiling.values import plain
 
 COMPUTE, COMMUNICATION = "compute", "communication"
 UNCLASSIFIED = "unclassified"
 """Counts as compute, so that the parts of a step sum to its span; always listed by name."""
 
 
+_MOST_BYTES = 1 << 20
+"""Of a file of rules."""
 _LOOKED_AT = 1000
 """Characters of a name: templates run to many thousands, and what a kernel is stands at the front."""
 
@@ -36,15 +40,23 @@ def _compute(name: str, match: str) -> Rule:
 
 
 # Copies: between host and device or between devices they are communication; within one device (DtoD) they move data
-# in its own memory, as an elementwise kernel does, and are compute. So are memsets.
+# in its own memory, as an elementwise kernel does, and are compute. So are memsets. Which way is in the name: `Memcpy
+# DtoD (Device -> Device)` of CUPTI, `MemcpyD2D` of XLA, `CopyDeviceToDevice` and `MEMORY_COPY_DEVICE_TO_DEVICE` of
+# AMD's roctracer and rocprofiler, which call a copy between two devices so too. One that does not say is unclassified.
+def _way(source: str, target: str) -> str:
+    return rf"{source}[ _]*(to|2)[ _]*{target}"
+
+
+_HOST, _ON_DEVICE, _ARRAY = "h(ost)?", "d(evice)?", "a(rray)?"
 COPIES = (
-    _compute("copy DtoD", r"dtod"),
-    _comm("copy HtoD", r"htod"),
-    _comm("copy DtoH", r"dtoh"),
     _comm("copy PtoP", r"ptop|p2p|peer"),
-    _compute("copy DtoD", r"htoh|atoa|dtoa|atod"),
-    _comm("copy", r""),
+    _compute("copy DtoD", rf"{_way(_ON_DEVICE, '[da]')}|{_way(_ARRAY, '[da]')}|{_way(_HOST, 'h')}"),
+    _comm("copy HtoD", _way(_HOST, "[da]")),
+    _comm("copy DtoH", rf"{_way(_ON_DEVICE, 'h')}|{_way(_ARRAY, 'h')}"),
+    _compute("copy DtoD", r"\(device -> device\)"),
 )
+_IS_COPY = re.compile(r"(hip|cuda|cu)?_?(memcpy|memory_?copy|copy)", re.IGNORECASE)
+_IS_MEMSET = re.compile(r"(hip|cuda|cu)?_?(memset|fill_?buffer)", re.IGNORECASE)
 MEMSETS = (_compute("memset", r""),)
 
 _GEMM = (
@@ -57,7 +69,13 @@ def _gemm(dtype: str, match: str) -> Rule:
     return _compute(f"GEMM {dtype}", rf"^(?=.*?(?:{_GEMM})).*?(?:{match})")
 
 
+_COLLECTIVE = r"all[-_]?reduce|all[-_]?gather|reduce[-_]?scatter|all[-_]?to[-_]?all"
+
 KERNELS = (
+    _comm(
+        "XLA collective",
+        rf"^%?({_COLLECTIVE}|ragged-all-to-all|collective-(permute|broadcast)|send|recv)(-start|-done)?\.?$",
+    ),
     _comm("NCCL all-to-all", r"(nccl|rccl).*all_?to_?all"),
     _comm("NCCL all-reduce", r"(nccl|rccl).*all_?reduce"),
     _comm("NCCL all-gather", r"(nccl|rccl).*all_?gather"),
@@ -74,8 +92,11 @@ KERNELS = (
     _comm(
         "other collective",
         r"mscclpp?|oneccl|hccl|userbuffers|cross_device_reduce|(one|two)_shot_all|multimem_|symm_?mem|gloo"
-        r"|custom_all_?reduce|lamport|all_?reduce_fusion|allgather_kernel|alltoall",
+        r"|custom_all_?reduce|lamport|all_?reduce_fusion|all_?reduce_?kernel|allgather_kernel|alltoall",
     ),
+    # Named after a collective, and known to no rule: neither a reduction nor a gather of its own GPU. (Triton's, as
+    # Inductor writes them, are named after what they work on.)
+    _compute(UNCLASSIFIED, rf"^(?!triton_).*({_COLLECTIVE})"),
     _compute("rotary", r"rotary|(?<![a-z])rope"),
     _compute(
         "attention backward",
@@ -180,6 +201,15 @@ class Table:
         return UNCLASSIFIED, COMPUTE
 
 
+def which_by_name(name: str) -> str:
+    """memcpy or memset where a name is that of a copy which says its way, or of a memset; else kernel."""
+    if _IS_MEMSET.match(name):
+        return "memset"
+    if _IS_COPY.match(name) and any(re.search(rule.match, name[:_LOOKED_AT].lower()) for rule in COPIES):
+        return "memcpy"
+    return "kernel"
+
+
 def table(path: Path | None = None) -> Table:
     """The table, with the rules of a YAML file before it.
 
@@ -192,18 +222,18 @@ def table(path: Path | None = None) -> Table:
 def _own(path: Path) -> tuple[Rule, ...]:
     import yaml
 
+    told = plain(str(path))
+    wanted = 'a list of {class: name, kind: compute, match: "regex"}'
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror or error})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+        entries = yaml.safe_load(text(path, _MOST_BYTES, wanted))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{told}: not YAML ({plain(' '.join(str(error).split()))})") from None
     if not isinstance(entries, list) or not entries:
-        raise UserError(f'{path}: a list of {{class: name, kind: compute, match: "regex"}} is wanted')
-    return tuple(_rule(path, number, entry) for number, entry in enumerate(entries, 1))
+        raise UserError(f"{told}: {wanted} is wanted")
+    return tuple(_rule(told, number, entry) for number, entry in enumerate(entries, 1))
 
 
-def _rule(path: Path, number: int, entry: Any) -> Rule:
+def _rule(path: str, number: int, entry: Any) -> Rule:
     at = f"{path}: rule {number}"
     if not isinstance(entry, dict) or set(entry) != {"class", "kind", "match"}:
         raise UserError(f"{at}: has to have the keys class, kind and match, and no others")
@@ -213,6 +243,6 @@ def _rule(path: Path, number: int, entry: Any) -> Rule:
         raise UserError(f"{at}: match is a regular expression, not {entry['match']!r}")
     try:
         re.compile(entry["match"])
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise UserError(f"{at}: match is no regular expression ({error})") from None
-    return Rule(str(entry["class"]), entry["kind"], entry["match"])
+    return Rule(plain(str(entry["class"])[:200]), entry["kind"], entry["match"])
