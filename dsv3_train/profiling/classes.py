@@ -69,6 +69,13 @@ def _gemm(dtype: str, match: str) -> Rule:
     return _compute(f"GEMM {dtype}", rf"^(?=.*?(?:{_GEMM})).*?(?:{match})")
 
 
+def _after(words: str, what: str) -> str:
+    """`what` behind the first of `words`. `words.*what` would look to the end from each: seconds for hostile names."""
+    return rf"^(?:(?!{words}).)*(?:{words}){what}"
+
+
+_NCCL = "nccl|rccl"
+_EP = r"intranode|internode|deep_?ep|hybrid_ep|\bep::"
 _COLLECTIVE = r"all[-_]?reduce|all[-_]?gather|reduce[-_]?scatter|all[-_]?to[-_]?all"
 
 KERNELS = (
@@ -76,18 +83,20 @@ KERNELS = (
         "XLA collective",
         rf"^%?({_COLLECTIVE}|ragged-all-to-all|collective-(permute|broadcast)|send|recv)(-start|-done)?\.?$",
     ),
-    _comm("NCCL all-to-all", r"(nccl|rccl).*all_?to_?all"),
-    _comm("NCCL all-reduce", r"(nccl|rccl).*all_?reduce"),
-    _comm("NCCL all-gather", r"(nccl|rccl).*all_?gather"),
-    _comm("NCCL reduce-scatter", r"(nccl|rccl).*reduce_?scatter"),
-    _comm("NCCL broadcast", r"(nccl|rccl).*broadcast"),
-    _comm("NCCL reduce", r"(nccl|rccl).*kernel_reduce"),
-    _comm("NCCL send/recv", r"(nccl|rccl).*send_?recv|nccl:(send|recv)"),
+    _comm("NCCL all-to-all", _after(_NCCL, ".*all_?to_?all")),
+    _comm("NCCL all-reduce", _after(_NCCL, ".*all_?reduce")),
+    _comm("NCCL all-gather", _after(_NCCL, ".*all_?gather")),
+    _comm("NCCL reduce-scatter", _after(_NCCL, ".*reduce_?scatter")),
+    _comm("NCCL broadcast", _after(_NCCL, ".*broadcast")),
+    _comm("NCCL reduce", _after(_NCCL, ".*kernel_reduce")),
+    _comm("NCCL send/recv", _after(_NCCL, ".*send_?recv") + "|nccl:(send|recv)"),
     _comm("NCCL", r"nccl(dev)?kernel|rccl|^nccl:"),
     _compute("route", r"get_dispatch_layout"),
-    _comm("DeepEP dispatch", r"(intranode|internode|internode_ll|deep_?ep|hybrid_ep|\bep::)(?!.*notify).*dispatch"),
-    _comm("DeepEP combine", r"(intranode|internode|internode_ll|deep_?ep|hybrid_ep|\bep::)(?!.*notify).*combine"),
-    _comm("DeepEP notify", r"(intranode|internode|deep_?ep|hybrid_ep).*(notify|barrier|clean|sync|query|rank)"),
+    _comm("DeepEP dispatch", _after(_EP, "(?!.*notify).*dispatch")),
+    _comm("DeepEP combine", _after(_EP, "(?!.*notify).*combine")),
+    _comm(
+        "DeepEP notify", _after("intranode|internode|deep_?ep|hybrid_ep", ".*(notify|barrier|clean|sync|query|rank)")
+    ),
     _comm("NVSHMEM", r"nvshmem|rocshmem"),
     _comm(
         "other collective",
@@ -100,15 +109,15 @@ KERNELS = (
     _compute("rotary", r"rotary|(?<![a-z])rope"),
     _compute(
         "attention backward",
-        r"(flash|fmha|attn|attention|sdpa|mla_|\bmha)(?!.*gemm::).*(bwd|bprop|backward|dgrad|_dq|_dk)"
-        r"|cudnn::fusion::(compute_dot_do_o|convert_dq)",
+        _after(r"flash|fmha|attn|attention|sdpa|mla_|\bmha", "(?!.*gemm::).*(bwd|bprop|backward|dgrad|_dq|_dk)")
+        + r"|cudnn::fusion::(compute_dot_do_o|convert_dq)",
     ),
     _compute("attention", r"flash|fmha|attn|attention|sdpa|\bmha_|_mla_"),
     _compute(
         "quantise",
         r"quant|qparam|fp8rowwise|hfp8|cast_to_fp8|cast_and_transpose|cast_transpose|cast_back|per_(token|channel|block)_cast|_to_fp8|fp8_cast"
-        r"|amax|block_?scal.*(cast|transpose)|update_scale|scale_inv|mx_?fp8_cast|(nvte|transformer_engine).*transpose"
-        r"|^_(en|de)code_e[45]m",
+        r"|amax|update_scale|scale_inv|mx_?fp8_cast|^_(en|de)code_e[45]m|"
+        + "|".join((_after("block_?scal", ".*(cast|transpose)"), _after("nvte|transformer_engine", ".*transpose"))),
     ),
     _gemm("fp8", r"fp8|e4m3|e5m2|nvjet_(sm\d+_)?[qr]{2}|f8f8|float8"),
     _gemm("bf16", r"bf16|bfloat16|nvjet_(sm\d+_)?t[a-z]t"),
@@ -120,7 +129,7 @@ KERNELS = (
     _compute("GEMM", _GEMM),
     _compute(
         "convolution",
-        r"conv(?!ert)|[sh]cudnn|nchwtonhwc|nhwctonchw|cask_cudnn|cudnn.*(dgrad|wgrad|fprop)|implicit_|winograd|dgrad|wgrad|fprop",
+        r"conv(?!ert)|[sh]cudnn|nchwtonhwc|nhwctonchw|cask_cudnn|implicit_|winograd|dgrad|wgrad|fprop",
     ),
     _compute("norm", r"norm(?!al)|ln_(fwd|bwd)|\bbn_|gammabeta|rowwisemoments"),
     # Transformer Engine's cross entropy multiplies by the gradient of the loss last.

@@ -74,7 +74,11 @@ def _without_gpu(trace: Trace) -> list[Gpu]:
     found = []
     for process in processes:
         mine = _of_process(trace, process, process) if len(processes) > 1 else trace
-        _refuse_broken_times(mine.operators, f"{plain(str(trace.path))}: process {_told(trace, process)}")
+        at = f"{plain(str(trace.path))}: process {_told(trace, process)}"
+        _refuse_broken_times(mine.operators, at)
+        threads = len(np.unique(mine.operators["thread"]))
+        if threads > _MOST_STREAMS:
+            raise UserError(f"{at}: operators on {threads:,} threads; at most {_MOST_STREAMS:,} are analyzed")
         found.append(Gpu(mine, _told(trace, process), _rank_of(trace, process), None, trace.kernels, (0, 0)))
     return found
 
