@@ -15,7 +15,7 @@ from dsv3_train.profiling.compare import compare, load
 from dsv3_train.profiling.page import page
 from dsv3_train.profiling.report import as_json, report
 from dsv3_train.profiling.trace import read
-from dsv3_train.profiling.values import plain
+from dsv3_train.profiling.values import integer, plain
 from dsv3_train.profiling.work import works
 from traces import GEMM, SEND, analyze, dsv3, event, kernel, write
 
@@ -58,6 +58,14 @@ def test_plain_keeps_what_is_text():
     for text in ("ncclDevKernel_AllReduce<4096ul>", "gemm é 中文", "back\\slash"):
         assert plain(text) == text
     assert plain("a\x1b[2J\nb\u202e\ud800") == "a\\x1b[2J\\x0ab\\u202e\\ud800"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(3, 3), ("3", 3), ("3.0", 3), ("3.5", -1), ("1e999999999", -1), ("NaN", -1), (1 << 70, -1), (None, -1), ([], -1)],
+)
+def test_integers_of_a_trace(value, expected):
+    assert integer(value) == expected
 
 
 DEEP = json.loads("[" * 300 + "]" * 300)

@@ -21,7 +21,6 @@ _HOPELESS = 1 << 25
 _EXPANDED, _RATIO = 1 << 26, 250
 """Bytes out of gzip from which on they may be no more than so many times the bytes in: traces come to 10 to 40."""
 _BLANK = re.compile(r"[ \t\r\n]*")
-_BETWEEN = re.compile(r"[ \t\r\n,]*")
 # Numbers with a point stay text: a time of 1.7e15 us with three decimals does not fit into a double.
 _DECODER = json.JSONDecoder(parse_float=str, strict=False)
 _scan = _DECODER.scan_once  # type: ignore[attr-defined]
@@ -80,17 +79,22 @@ class Events:
             raise UserError(f"{self.told}: not a trace: JSON begins with {{ or [, this file with {first!r}")
         text.at += 1
         found, keys = False, list[str]()
+        wanted = False  # a comma
         while True:
-            mark = text.next(_BETWEEN)
+            mark = text.next(_BLANK)
             if mark == "}":
                 text.at += 1
                 break
+            if wanted:
+                wanted = self._comma(text, mark)
+                continue
             if mark != '"':
                 raise self._wrong(text, "a key was expected")
             key = self._value(text)
             if text.next(_BLANK) != ":":
                 raise self._wrong(text, "a colon was expected")
             text.at += 1
+            wanted = True
             if text.next(_BLANK) == "[" and key == "traceEvents":
                 found = True
                 text.at += 1
@@ -106,19 +110,31 @@ class Events:
             raise UserError(f"{self.told}: no trace: its object has no list `traceEvents` (keys: {told})")
 
     def _array(self, text: _Text) -> Iterator[dict]:
+        wanted = False  # a comma; the format allows one after the last event too
         while True:
-            mark = text.next(_BETWEEN)
+            mark = text.next(_BLANK)
             if mark == "]":
                 text.at += 1
                 return
             if mark == "" and self.count:  # within an object, its own end is missed next
                 self.unclosed = True
                 return
+            if wanted:
+                wanted = self._comma(text, mark)
+                continue
             event = self._value(text)
             if not isinstance(event, dict):
                 raise UserError(f"{self.told}: not a trace: event {self.count} is no object but {_short(event)}")
             self.count += 1
+            wanted = True
             yield event
+
+    def _comma(self, text: _Text, mark: str) -> bool:
+        """Go over it; False."""
+        if mark != ",":
+            raise self._wrong(text, "a comma was expected")
+        text.at += 1
+        return False
 
     def _value(self, text: _Text) -> Any:
         """The JSON value at the text's place, read on as far as needed."""

@@ -54,7 +54,8 @@ class _Reader:
         self.names, self.streams, self.processes = Names(), Names(), Names()
         self.threads: dict[tuple[int, Any], int] = {}
         self.thread_process: list[int] = []
-        self.gpus: dict[tuple[int, int], int] = {}
+        self.gpu_numbers: dict[tuple[int, Any], int] = {}
+        self.gpus: list[tuple[int, int]] = []
         self.contexts: dict[tuple[int, Any], Any] = {}
         """(GPU, stream) -> the context where it was seen first: another one has other streams of the same numbers."""
         self.loose: set[int] = set()
@@ -90,7 +91,7 @@ class _Reader:
                         kinds[raw] = kind
                 if kind:
                     args = event.get("args")
-                    start, duration = nanoseconds(event.get("ts")), nanoseconds(event.get("dur", 0))
+                    start, duration = nanoseconds(event.get("ts")), nanoseconds(event.get("dur"))
                     self._complete(kind, event, args if isinstance(args, dict) else {}, start, duration)
             elif phase == "B":
                 self._begin(event)
@@ -117,7 +118,7 @@ class _Reader:
             loose=frozenset(self.loose),
             processes=self.processes.texts,
             process_names={process: min(names) for process, names in self.process_names.items()},
-            gpus=list(self.gpus),
+            gpus=self.gpus,
             threads=np.array(self.thread_process, dtype=np.int64),
             kernels=self.kernels.table(),
             launches=self.launches.table(),
@@ -161,8 +162,7 @@ class _Reader:
 
     def _kernel(self, kind: str, event: dict, args: dict, start: int, end: int, name: int) -> None:
         process = self._process(event)
-        device = integer(args.get("device", event.get("pid")))
-        gpu = self.gpus.setdefault((process, device), len(self.gpus))
+        gpu = self._gpu(process, args.get("device", event.get("pid")))
         text = self.names.texts[name]
         by_name = self.by_name.get(name)
         if by_name is None:
@@ -184,6 +184,15 @@ class _Reader:
             integer(args.get("External id", args.get("external id"))),
             self.names.of(f"{collective} {scalar(args.get('Process Group Name')) or ''}") if collective else self.none,
         )
+
+    def _gpu(self, process: int, device: Any) -> int:
+        number = integer(device)
+        key = process, scalar(device) if number < 0 else number
+        gpu = self.gpu_numbers.get(key)
+        if gpu is None:
+            gpu = self.gpu_numbers[key] = len(self.gpus)
+            self.gpus.append((process, number))
+        return gpu
 
     def _stream(self, gpu: int, context: Any, stream: Any) -> int:
         number = self.streams.known.get((gpu, context, stream))
@@ -269,8 +278,7 @@ class _Reader:
             called = self.thread_names.get(thread, str(tids[thread]))
             if not of_torch and not ("stream" in called.lower() and self._is_gpu(process)):
                 continue
-            device = integer(tids[thread]) if of_torch else integer(pid)
-            gpu = self.gpus.setdefault((process, device), len(self.gpus))
+            gpu = self._gpu(process, tids[thread] if of_torch else pid)
             stream = self.streams.of((gpu, thread), "all streams" if of_torch else called)
             if of_torch:
                 self.loose.add(stream)

@@ -33,12 +33,13 @@ def scalar(value: Any) -> str | int | None:
 
 
 def integer(value: Any) -> int:
-    """-1: none."""
+    """Of a number, or of the text of one, as `3.0`; -1: none."""
     try:
-        number = int(value)
-    except (TypeError, ValueError, OverflowError):
+        number = Decimal(value) if isinstance(value, str) else value
+        # First the range: as an integer, 1e999999999 takes forever.
+        return int(number) if abs(number) < 1 << 62 and number % 1 == 0 else -1
+    except (TypeError, ValueError, DecimalException):
         return -1
-    return number if -(1 << 62) < number < 1 << 62 else -1
 
 
 def nanoseconds(value: Any) -> int | None:
