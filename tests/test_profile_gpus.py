@@ -147,6 +147,12 @@ def test_launches_of_several_processes_are_each_ones_own(of):
     assert all("which process launched this GPU's work is not known" in rank["notes"][0] for rank in ranks)
 
 
+def test_steps_that_only_the_gpu_tells_of_are_those_of_their_gpu(of):
+    events = steps(0.5) + steps(0.5, pid=1, device=1)
+    events += [event("gpu_user_annotation", f"ProfilerStep#{pid}", 0, STEPS * STEP, 7, pid) for pid in (0, 1)]
+    assert [[step["step"] for step in rank["steps"]] for rank in of(events)["ranks"]] == [[0], [1]]
+
+
 AMD_GEMM = "Cijk_Ailk_Bljk_BBS_BH_Bias_HA_S_SAV_UserArgs_MT256x256x64_MI16x16x1_SN"
 RCCL = "ncclDevKernel_Generic_4(ncclDevKernelArgsStorage<4096ul>)"
 

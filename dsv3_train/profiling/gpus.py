@@ -11,7 +11,7 @@ from dsv3_train.errors import UserError
 from dsv3_train.profiling.columns import Trace, by_number
 from dsv3_train.profiling.values import LONGEST, plain
 
-_MOST, _MOST_STREAMS = 1024, 4096
+_MOST, _MOST_STREAMS = 256, 4096
 _SIDE_BY_SIDE, _OF_TIME = 0.4, 0.25
 """Part of a stream's kernels that begin while the one before runs, and of their time, from which on it is no stream.
 Kernels with programmatic launches (Hopper and later) all begin so, but for little of their time."""
@@ -98,10 +98,10 @@ def _gpu(trace: Trace, hosts: list[int], gpu: int, owner: int | None, rows: np.n
     columns["end"], cut = _without_overruns(trace, columns, at)
     _refuse_broken_times(columns, at)
     mine, notes = trace, []
-    if len(hosts) > 1:
-        mine = _of_process(trace, owner, process)
-        if owner is None:
-            notes.append("which process launched this GPU's work is not known: nothing is said of launches and steps")
+    if len(hosts) > 1 or len(trace.gpus) > 1:
+        mine = _of_process(trace, owner, process, several=len(hosts) > 1)
+    if len(hosts) > 1 and owner is None:
+        notes.append("which process launched this GPU's work is not known: nothing is said of launches and steps")
     if cut[0]:
         notes.append(
             f"{cut[0]:,} kernels last until after the next one of their stream begins, which cannot be: cut there, "
@@ -198,10 +198,12 @@ def _launched_twice(correlation: np.ndarray) -> bool:
     return bool(len(count)) and float(np.median(count)) >= 2
 
 
-def _of_process(trace: Trace, host: int | None, process: int) -> Trace:
-    """With the host's columns of one process alone, and ranges on the GPU of that GPU's."""
+def _of_process(trace: Trace, host: int | None, process: int, several: bool = True) -> Trace:
+    """With the host's columns of one process alone where there are several, and of ranges on GPUs those of this one."""
 
     def kept(table: dict[str, np.ndarray], of_gpu: bool = False) -> dict[str, np.ndarray]:
+        if not (several or of_gpu):
+            return table
         wanted = process if of_gpu else -1 if host is None else host
         mine = trace.threads[table["thread"]] == wanted
         return {name: column[mine] for name, column in table.items()}

@@ -34,6 +34,8 @@ def scalar(value: Any) -> str | int | None:
 
 def integer(value: Any) -> int:
     """Of a number, or of the text of one, as `3.0`; -1: none."""
+    if type(value) is int:
+        return value if -(1 << 62) < value < 1 << 62 else -1
     try:
         number = Decimal(value) if isinstance(value, str) else value
         # First the range: as an integer, 1e999999999 takes forever.
