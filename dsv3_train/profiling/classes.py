@@ -24,6 +24,10 @@ _LOOKED_AT = 1000
 """Characters of a name: templates run to many thousands, and what a kernel is stands at the front."""
 
 
+_MOST_NAMES = 10_000
+"""Names that are looked at so closely; a trace has a few thousand at most, but for hostile ones."""
+
+
 class Rule(NamedTuple):
     name: str
     kind: str
@@ -196,7 +200,8 @@ class Table:
             which: kernel, memcpy, memset, or cpu for an operator.
             collective: what PyTorch's `Collective name` says of an NCCL kernel, whose own name hides all-to-alls.
         """
-        name = name[:_LOOKED_AT].lower().rstrip("0123456789")  # generated kernels are numbered
+        length = _LOOKED_AT if len(self._known) < _MOST_NAMES else _LOOKED_AT // 5
+        name = name[:length].lower().rstrip("0123456789")  # generated kernels are numbered
         if collective and "nccl" in name:
             name = f"nccldevkernel_{collective.lower()}"
         if (which, name) not in self._known:
