@@ -217,9 +217,8 @@ def compare(
         change = f"{both['difference'] / both['a']:+.1%}" if both["a"] and both["difference"] is not None else ""
         texts = ["none" if both[side] is None else f"{both[side]:,.3f}" for side in ("a", "b")]
         difference = "" if both["difference"] is None else f"{both['difference']:+,.3f}"
-        table.add_row(
-            Text(name), *texts, difference, change, style=style
-        )  # a class may have what rich takes for markup
+        # As Text: a class may have what rich takes for markup.
+        table.add_row(Text(name), *texts, difference, change, style=style)
 
     for name in ("span_ms", "compute_ms", "comm_ms", "exposed_comm_ms", "idle_ms", "host_bound_ms"):
         row(name.removesuffix("_ms").replace("_", " "), compared[name], "bold")

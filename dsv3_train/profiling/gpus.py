@@ -104,8 +104,8 @@ def _gpu(trace: Trace, hosts: list[int], gpu: int, owner: int | None, rows: np.n
         notes.append("which process launched this GPU's work is not known: nothing is said of launches and steps")
     if cut[0]:
         notes.append(
-            f"{cut[0]:,} kernels last until after the next one of their stream begins, which cannot be: cut there, "
-            f"{cut[1] / 1e6:,.3f} ms in all"
+            f"kernels cut where the next one of their stream begins, beside which they cannot run: {cut[0]:,} of "
+            f"{len(rows):,}, by {cut[1] / 1e6:,.3f} ms in all"
         )
     if notes:
         mine = replace(mine, notes=[*mine.notes, *notes])
