@@ -38,9 +38,12 @@ def analyze(
 ) -> None:
     """Hidden, exposed and idle time of any torch.profiler trace, by class, stream, step and named range.
 
-    Communication: NCCL, DeepEP, NVSHMEM, and copies between host and device or between devices. Copies within a device
-    and memsets are compute, as are kernels that no rule knows, which are listed. hidden_fraction is null where there is
-    no communication.
+    Communication: NCCL, RCCL, DeepEP, NVSHMEM, and copies between host and device or between devices. Copies within a
+    device and memsets are compute, as are kernels and copies that no rule knows, which are listed. hidden_fraction is
+    null where there is no communication.
+
+    A GPU is a process and a device of it; a file with several is several ranks. A kernel that lasts until after the
+    next one of its stream begins is cut there, and counted. What cannot be told apart is refused.
 
     Example: dsv3 profile analyze trace.json.gz --html report.html
     """
@@ -203,6 +206,7 @@ def compare(
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column(f"ms per {compared['per']}")
@@ -213,7 +217,8 @@ def compare(
         change = f"{both['difference'] / both['a']:+.1%}" if both["a"] and both["difference"] is not None else ""
         texts = ["none" if both[side] is None else f"{both[side]:,.3f}" for side in ("a", "b")]
         difference = "" if both["difference"] is None else f"{both['difference']:+,.3f}"
-        table.add_row(name, *texts, difference, change, style=style)
+        # As Text: a class may have what rich takes for markup.
+        table.add_row(Text(name), *texts, difference, change, style=style)
 
     for name in ("span_ms", "compute_ms", "comm_ms", "exposed_comm_ms", "idle_ms", "host_bound_ms"):
         row(name.removesuffix("_ms").replace("_", " "), compared[name], "bold")

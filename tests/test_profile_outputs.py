@@ -38,7 +38,7 @@ def test_a_page_of_many_kernels_merges_the_small_ones_and_loses_none(tmp_path):
     from dsv3_train.profiling.trace import read
     from dsv3_train.profiling.work import works
 
-    events = [kernel(GEMM, n * 10, 8 if n % 100 else 700) for n in range(20_000)]
+    events = [kernel(GEMM, n * 10 + n // 100 * 700, 8 if (n + 1) % 100 else 700) for n in range(20_000)]
     (work,) = works([read(write(tmp_path / "t.json", events))], table())
     drawn = boxes(work, most=2000)
     (stream,) = drawn["streams"]

@@ -146,6 +146,6 @@ def test_single_bad_events_are_left_out_and_counted(of):
     )
     assert report["kernels"] == 1
     assert report["notes"] == [
-        "5 events without a usable ts or dur were left out",
+        "6 events without a usable ts or dur were left out",
         "1 B or E events without their other half were left out",
     ]

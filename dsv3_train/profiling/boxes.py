@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv3_train.profiling.columns import by_number
 from dsv3_train.profiling.intervals import Intervals, union
 from dsv3_train.profiling.work import Work
 
@@ -19,9 +20,9 @@ _MERGED_NAMES = -1
 def boxes(work: Work, most: int = MOST) -> dict[str, Any]:
     """Per stream: starts, durations (ns from the rank's first kernel), class, name (-1: of several), kernels, and the
     time busy; `merged_below_ns` says which kernels may share a box (0: none)."""
-    resolution = 0
+    resolution, of_streams = 0, by_number(work.stream, len(work.streams))
     while True:
-        streams = [_of_stream(work, number, resolution) for number in range(len(work.streams))]
+        streams = [_of_stream(work, mine, resolution) for mine in of_streams]
         if (
             sum(len(one["start"]) for one in streams) <= max(most, 4 * len(streams))
             or resolution > work.last - work.first
@@ -54,8 +55,7 @@ def marks(work: Work, times: Intervals, most: int = 4000) -> dict[str, list[int]
         resolution = max(100, resolution * 2)
 
 
-def _of_stream(work: Work, stream: int, resolution: int) -> dict[str, np.ndarray]:
-    mine = np.flatnonzero(work.stream == stream)
+def _of_stream(work: Work, mine: np.ndarray, resolution: int) -> dict[str, np.ndarray]:
     start, end = work.start[mine] - work.first, work.end[mine] - work.first
     first, ends, busy = _merged(start, end, work.is_comm[mine], resolution)
     counts = np.diff(np.append(first, len(mine)))

@@ -10,14 +10,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsv3_train.errors import UserError
+from dsv3_train.profiling.files import text
+from dsv3_train.profiling.values import plain
 
 COMPUTE, COMMUNICATION = "compute", "communication"
 UNCLASSIFIED = "unclassified"
 """Counts as compute, so that the parts of a step sum to its span; always listed by name."""
 
 
+_MOST_BYTES = 1 << 20
+"""Of a file of rules."""
 _LOOKED_AT = 1000
 """Characters of a name: templates run to many thousands, and what a kernel is stands at the front."""
+
+
+_MOST_NAMES = 10_000
+"""Names that are looked at so closely; a trace has a few thousand at most, but for hostile ones."""
 
 
 class Rule(NamedTuple):
@@ -36,15 +44,23 @@ def _compute(name: str, match: str) -> Rule:
 
 
 # Copies: between host and device or between devices they are communication; within one device (DtoD) they move data
-# in its own memory, as an elementwise kernel does, and are compute. So are memsets.
+# in its own memory, as an elementwise kernel does, and are compute. So are memsets. Which way is in the name: `Memcpy
+# DtoD (Device -> Device)` of CUPTI, `MemcpyD2D` of XLA, `CopyDeviceToDevice` and `MEMORY_COPY_DEVICE_TO_DEVICE` of
+# AMD's roctracer and rocprofiler, which call a copy between two devices so too. One that does not say is unclassified.
+def _way(source: str, target: str) -> str:
+    return rf"{source}[ _]*(to|2)[ _]*{target}"
+
+
+_HOST, _ON_DEVICE, _ARRAY = "h(ost)?", "d(evice)?", "a(rray)?"
 COPIES = (
-    _compute("copy DtoD", r"dtod"),
-    _comm("copy HtoD", r"htod"),
-    _comm("copy DtoH", r"dtoh"),
     _comm("copy PtoP", r"ptop|p2p|peer"),
-    _compute("copy DtoD", r"htoh|atoa|dtoa|atod"),
-    _comm("copy", r""),
+    _compute("copy DtoD", rf"{_way(_ON_DEVICE, '[da]')}|{_way(_ARRAY, '[da]')}|{_way(_HOST, 'h')}"),
+    _comm("copy HtoD", _way(_HOST, "[da]")),
+    _comm("copy DtoH", rf"{_way(_ON_DEVICE, 'h')}|{_way(_ARRAY, 'h')}"),
+    _compute("copy DtoD", r"\(device -> device\)"),
 )
+_IS_COPY = re.compile(r"(hip|cuda|cu)?_?(memcpy|memory_?copy|copy)", re.IGNORECASE)
+_IS_MEMSET = re.compile(r"(hip|cuda|cu)?_?(memset|fill_?buffer)", re.IGNORECASE)
 MEMSETS = (_compute("memset", r""),)
 
 _GEMM = (
@@ -57,37 +73,55 @@ def _gemm(dtype: str, match: str) -> Rule:
     return _compute(f"GEMM {dtype}", rf"^(?=.*?(?:{_GEMM})).*?(?:{match})")
 
 
+def _after(words: str, what: str) -> str:
+    """`what` behind the first of `words`. `words.*what` would look to the end from each: seconds for hostile names."""
+    return rf"^(?:(?!{words}).)*(?:{words}){what}"
+
+
+_NCCL = "nccl|rccl"
+_EP = r"intranode|internode|deep_?ep|hybrid_ep|\bep::"
+_COLLECTIVE = r"all[-_]?reduce|all[-_]?gather|reduce[-_]?scatter|all[-_]?to[-_]?all"
+
 KERNELS = (
-    _comm("NCCL all-to-all", r"(nccl|rccl).*all_?to_?all"),
-    _comm("NCCL all-reduce", r"(nccl|rccl).*all_?reduce"),
-    _comm("NCCL all-gather", r"(nccl|rccl).*all_?gather"),
-    _comm("NCCL reduce-scatter", r"(nccl|rccl).*reduce_?scatter"),
-    _comm("NCCL broadcast", r"(nccl|rccl).*broadcast"),
-    _comm("NCCL reduce", r"(nccl|rccl).*kernel_reduce"),
-    _comm("NCCL send/recv", r"(nccl|rccl).*send_?recv|nccl:(send|recv)"),
+    _comm(
+        "XLA collective",
+        rf"^%?({_COLLECTIVE}|ragged-all-to-all|collective-(permute|broadcast)|send|recv)(-start|-done)?\.?$",
+    ),
+    _comm("NCCL all-to-all", _after(_NCCL, ".*all_?to_?all")),
+    _comm("NCCL all-reduce", _after(_NCCL, ".*all_?reduce")),
+    _comm("NCCL all-gather", _after(_NCCL, ".*all_?gather")),
+    _comm("NCCL reduce-scatter", _after(_NCCL, ".*reduce_?scatter")),
+    _comm("NCCL broadcast", _after(_NCCL, ".*broadcast")),
+    _comm("NCCL reduce", _after(_NCCL, ".*kernel_reduce")),
+    _comm("NCCL send/recv", _after(_NCCL, ".*send_?recv") + "|nccl:(send|recv)"),
     _comm("NCCL", r"nccl(dev)?kernel|rccl|^nccl:"),
     _compute("route", r"get_dispatch_layout"),
-    _comm("DeepEP dispatch", r"(intranode|internode|internode_ll|deep_?ep|hybrid_ep|\bep::)(?!.*notify).*dispatch"),
-    _comm("DeepEP combine", r"(intranode|internode|internode_ll|deep_?ep|hybrid_ep|\bep::)(?!.*notify).*combine"),
-    _comm("DeepEP notify", r"(intranode|internode|deep_?ep|hybrid_ep).*(notify|barrier|clean|sync|query|rank)"),
+    _comm("DeepEP dispatch", _after(_EP, "(?!.*notify).*dispatch")),
+    _comm("DeepEP combine", _after(_EP, "(?!.*notify).*combine")),
+    _comm(
+        "DeepEP notify", _after("intranode|internode|deep_?ep|hybrid_ep", ".*(notify|barrier|clean|sync|query|rank)")
+    ),
     _comm("NVSHMEM", r"nvshmem|rocshmem"),
     _comm(
         "other collective",
         r"mscclpp?|oneccl|hccl|userbuffers|cross_device_reduce|(one|two)_shot_all|multimem_|symm_?mem|gloo"
-        r"|custom_all_?reduce|lamport|all_?reduce_fusion|allgather_kernel|alltoall",
+        r"|custom_all_?reduce|lamport|all_?reduce_fusion|all_?reduce_?kernel|allgather_kernel|alltoall",
     ),
+    # Named after a collective, and known to no rule: neither a reduction nor a gather of its own GPU. (Triton's, as
+    # Inductor writes them, are named after what they work on.)
+    _compute(UNCLASSIFIED, rf"^(?!triton_).*({_COLLECTIVE})"),
     _compute("rotary", r"rotary|(?<![a-z])rope"),
     _compute(
         "attention backward",
-        r"(flash|fmha|attn|attention|sdpa|mla_|\bmha)(?!.*gemm::).*(bwd|bprop|backward|dgrad|_dq|_dk)"
-        r"|cudnn::fusion::(compute_dot_do_o|convert_dq)",
+        _after(r"flash|fmha|attn|attention|sdpa|mla_|\bmha", "(?!.*gemm::).*(bwd|bprop|backward|dgrad|_dq|_dk)")
+        + r"|cudnn::fusion::(compute_dot_do_o|convert_dq)",
     ),
     _compute("attention", r"flash|fmha|attn|attention|sdpa|\bmha_|_mla_"),
     _compute(
         "quantise",
         r"quant|qparam|fp8rowwise|hfp8|cast_to_fp8|cast_and_transpose|cast_transpose|cast_back|per_(token|channel|block)_cast|_to_fp8|fp8_cast"
-        r"|amax|block_?scal.*(cast|transpose)|update_scale|scale_inv|mx_?fp8_cast|(nvte|transformer_engine).*transpose"
-        r"|^_(en|de)code_e[45]m",
+        r"|amax|update_scale|scale_inv|mx_?fp8_cast|^_(en|de)code_e[45]m|"
+        + "|".join((_after("block_?scal", ".*(cast|transpose)"), _after("nvte|transformer_engine", ".*transpose"))),
     ),
     _gemm("fp8", r"fp8|e4m3|e5m2|nvjet_(sm\d+_)?[qr]{2}|f8f8|float8"),
     _gemm("bf16", r"bf16|bfloat16|nvjet_(sm\d+_)?t[a-z]t"),
@@ -99,7 +133,7 @@ KERNELS = (
     _compute("GEMM", _GEMM),
     _compute(
         "convolution",
-        r"conv(?!ert)|[sh]cudnn|nchwtonhwc|nhwctonchw|cask_cudnn|cudnn.*(dgrad|wgrad|fprop)|implicit_|winograd|dgrad|wgrad|fprop",
+        r"conv(?!ert)|[sh]cudnn|nchwtonhwc|nhwctonchw|cask_cudnn|implicit_|winograd|dgrad|wgrad|fprop",
     ),
     _compute("norm", r"norm(?!al)|ln_(fwd|bwd)|\bbn_|gammabeta|rowwisemoments"),
     # Transformer Engine's cross entropy multiplies by the gradient of the loss last.
@@ -166,7 +200,8 @@ class Table:
             which: kernel, memcpy, memset, or cpu for an operator.
             collective: what PyTorch's `Collective name` says of an NCCL kernel, whose own name hides all-to-alls.
         """
-        name = name[:_LOOKED_AT].lower().rstrip("0123456789")  # generated kernels are numbered
+        length = _LOOKED_AT if len(self._known) < _MOST_NAMES else _LOOKED_AT // 5
+        name = name[:length].lower().rstrip("0123456789")  # generated kernels are numbered
         if collective and "nccl" in name:
             name = f"nccldevkernel_{collective.lower()}"
         if (which, name) not in self._known:
@@ -178,6 +213,15 @@ class Table:
             if pattern.search(name):
                 return rule.name, rule.kind
         return UNCLASSIFIED, COMPUTE
+
+
+def which_by_name(name: str) -> str:
+    """memcpy or memset where a name is that of a copy which says its way, or of a memset; else kernel."""
+    if _IS_MEMSET.match(name):
+        return "memset"
+    if _IS_COPY.match(name) and any(re.search(rule.match, name[:_LOOKED_AT].lower()) for rule in COPIES):
+        return "memcpy"
+    return "kernel"
 
 
 def table(path: Path | None = None) -> Table:
@@ -192,18 +236,18 @@ def table(path: Path | None = None) -> Table:
 def _own(path: Path) -> tuple[Rule, ...]:
     import yaml
 
+    told = plain(str(path))
+    wanted = 'a list of {class: name, kind: compute, match: "regex"}'
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror or error})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+        entries = yaml.safe_load(text(path, _MOST_BYTES, wanted))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{told}: not YAML ({plain(' '.join(str(error).split()))})") from None
     if not isinstance(entries, list) or not entries:
-        raise UserError(f'{path}: a list of {{class: name, kind: compute, match: "regex"}} is wanted')
-    return tuple(_rule(path, number, entry) for number, entry in enumerate(entries, 1))
+        raise UserError(f"{told}: {wanted} is wanted")
+    return tuple(_rule(told, number, entry) for number, entry in enumerate(entries, 1))
 
 
-def _rule(path: Path, number: int, entry: Any) -> Rule:
+def _rule(path: str, number: int, entry: Any) -> Rule:
     at = f"{path}: rule {number}"
     if not isinstance(entry, dict) or set(entry) != {"class", "kind", "match"}:
         raise UserError(f"{at}: has to have the keys class, kind and match, and no others")
@@ -213,6 +257,6 @@ def _rule(path: Path, number: int, entry: Any) -> Rule:
         raise UserError(f"{at}: match is a regular expression, not {entry['match']!r}")
     try:
         re.compile(entry["match"])
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise UserError(f"{at}: match is no regular expression ({error})") from None
-    return Rule(str(entry["class"]), entry["kind"], entry["match"])
+    return Rule(plain(str(entry["class"])[:200]), entry["kind"], entry["match"])

@@ -70,7 +70,7 @@ def _flops_of(work: Work, operator: int) -> int | None:
     shape = int(columns["shape"][operator])
     if shape < 0:
         return None
-    return flops(work.trace.names[columns["name"][operator]], work.trace.shapes[shape][0])
+    return flops(work.trace.names[columns["name"][operator]], work.trace.shapes[shape])
 
 
 def _operators(work: Work, kernels: np.ndarray) -> np.ndarray:
@@ -82,12 +82,12 @@ def _operators(work: Work, kernels: np.ndarray) -> np.ndarray:
     if not len(shaped) or not (launch >= 0).any():
         return by_id
     order = shaped[np.lexsort((columns["start"][shaped], columns["thread"][shaped]))]
-    # One key for thread and time, so that one search serves all threads.
-    origin = int(min(columns["start"][order].min(), launches["start"].min()))
-    width = int(max(columns["end"][order].max(), launches["end"].max())) - origin + 1
-    begins = columns["thread"][order] * width + (columns["start"][order] - origin)
+    # One key for thread and place in time, so that one search serves all threads.
+    moments = np.unique(columns["start"][order])
+    begins = columns["thread"][order] * (len(moments) + 1) + np.searchsorted(moments, columns["start"][order]) + 1
     times, threads = launches["start"][launch], launches["thread"][launch]
-    at = np.searchsorted(begins, threads * width + (times - origin), side="right") - 1
+    wanted = threads * (len(moments) + 1) + np.searchsorted(moments, times, side="right")
+    at = np.searchsorted(begins, wanted, side="right") - 1
     found = np.full(len(kernels), -1, dtype=np.int64)
     for back in range(_DEEPEST):
         row = order[np.maximum(at - back, 0)]

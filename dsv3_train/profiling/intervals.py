@@ -36,6 +36,10 @@ class Intervals:
         """Nanoseconds of the set within each interval [n]."""
         return self.before(np.asarray(ends)) - self.before(np.asarray(starts))
 
+    def outside(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Nanoseconds of each interval [n] that are not in the set."""
+        return ends - starts - self.within(starts, ends)
+
     def __and__(self, other: Intervals) -> Intervals:
         times = np.concatenate([self.starts, self.ends, other.starts, other.ends])
         change = np.repeat(np.array([1, -1, 1, -1]), [len(self), len(self), len(other), len(other)])

@@ -7,13 +7,16 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from dsv3_train.profiling.spans import Spans
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import heartbeat
+
+if TYPE_CHECKING:
+    from dsv3_train.profiling.work import Work
 
 _STRAGGLES = 1.2
 """Times the median rank's computing: from here on the slowest rank is a straggler."""
@@ -104,7 +107,7 @@ class Watch:
             heartbeat.mark("writing and reading a trace")
             profiler.export_chrome_trace(str(unfinished))
             os.replace(unfinished, path)
-            work = works([read(path)], table())[0]
+            work = _mine(works([read(path)], table()))
         except Exception as error:  # a full disk, a trace too large for the memory
             warnings.warn(f"step {step}: no trace ({type(error).__name__}: {error})", stacklevel=2)
             return {}
@@ -114,6 +117,12 @@ class Watch:
             "hidden_fraction": parts["hidden_fraction"],
             "trace": str(path),
         }
+
+
+def _mine(found: list[Work]) -> Work:
+    """Of the GPUs that a process's trace tells of, the one that it computes on."""
+    own = torch.cuda.current_device() if torch.cuda.is_available() else None
+    return next((work for work in found if work.device == own), found[0])
 
 
 def _due(step: int, interval: int) -> bool:

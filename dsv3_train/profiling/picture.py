@@ -31,7 +31,8 @@ def picture(works: list[Work], figures: dict[str, Any]) -> Figure:
     timeline, parts, by_class = figure.subplots(3, 1, height_ratios=heights)
     hidden = first["hidden_fraction"]
     told = "no communication" if hidden is None else f"{hidden:.1%} of communication hidden"
-    figure.suptitle(f"{Path(first['file']).name}: {told}", fontsize=13, fontweight="bold")
+    title = f"{Path(first['file']).name}: {told}"
+    figure.suptitle(title, fontsize=13, fontweight="bold", parse_math=False)  # names may have a $
     _timeline(timeline, work, first)
     _parts(parts, ranks[:_RANKS])
     _classes(by_class, work, first, classes)
@@ -65,7 +66,7 @@ def _timeline(axes: Axes, work: Work, figures: dict[str, Any]) -> None:
     left_out = len(work.streams) - len(busiest)
     title = f"rank {work.rank}, by stream" + (f" ({left_out} less busy ones left out)" if left_out else "")
     axes.set(xlim=(0, span), ylim=(len(labels), -0.1), xlabel="ms", yticks=np.arange(len(labels)) + 0.45)
-    axes.set_yticklabels(labels)
+    axes.set_yticklabels([label[:40] for label in labels], parse_math=False)
     axes.set_title(title, loc="left", fontsize=10)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
@@ -112,7 +113,7 @@ def _classes(axes: Axes, work: Work, figures: dict[str, Any], count: int) -> Non
         axes.text(of_class["union_ms"], row, text, va="center", fontsize=8)
     longest = max((row["union_ms"] for row in figures["classes"]), default=1.0)
     axes.set(ylim=(count - 0.5, -0.5), xlim=(0, longest * 1.25 or 1.0), xlabel="ms", yticks=range(count))
-    axes.set_yticklabels([row["class"] for row in figures["classes"][:count]], fontsize=8)
+    axes.set_yticklabels([row["class"][:40] for row in figures["classes"][:count]], fontsize=8, parse_math=False)
     axes.set_title(f"rank {work.rank}, by class", loc="left", fontsize=10)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)

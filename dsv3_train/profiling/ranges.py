@@ -12,6 +12,8 @@ from dsv3_train.profiling.intervals import union
 from dsv3_train.profiling.work import Work
 
 _BACKENDS = ("gloo:", "nccl:", "mpi:", "ucc:")
+MOST_STEPS = 1000
+"""Steps in a report, the first ones."""
 MOST_RANGES = 200
 """Names in a report; beyond, the ones that took longest on the host."""
 
@@ -33,13 +35,15 @@ def window(work: Work, start: int, end: int) -> dict[str, float | None]:
     }
 
 
-def steps(work: Work) -> list[dict[str, Any]]:
-    """Each ProfilerStep#N from the start of its first kernel to that of the next one's, by when they were launched."""
+def steps(work: Work) -> tuple[list[dict[str, Any]], int]:
+    """Each ProfilerStep#N from the start of its first kernel to that of the next one's, by when they were launched;
+    and how many were left out."""
     columns, launched = work.trace.steps, work.start if work.trace.of_gpu[1] else work.launched()
     order = np.argsort(launched, kind="stable")
     times = launched[order]
     begins: list[tuple[int, int, int]] = []
-    for start, end, number in zip(*(columns[key].tolist() for key in ("start", "end", "number")), strict=True):
+    shown = np.argsort(columns["start"], kind="stable")[:MOST_STEPS]
+    for start, end, number in zip(*(columns[key][shown].tolist() for key in ("start", "end", "number")), strict=True):
         low, high = np.searchsorted(times, [start, end])
         if high > low:
             rows = order[low:high]
@@ -50,7 +54,7 @@ def steps(work: Work) -> list[dict[str, Any]]:
         if index + 1 < len(begins):
             end = begins[index + 1][0] if begins[index + 1][0] > start else end
         found.append({"step": number, "start_ms": (start - work.first) / 1e6, **window(work, start, end)})
-    return found
+    return found, max(0, len(columns["start"]) - MOST_STEPS)
 
 
 def ranges(work: Work) -> tuple[list[dict[str, Any]], int]:
@@ -58,7 +62,7 @@ def ranges(work: Work) -> tuple[list[dict[str, Any]], int]:
     out. Ranges may lie within each other, so that they do not sum to anything. `exposed_comm_ms` is their part of the
     rank's exposed communication."""
     columns, within = work.trace.ranges, _launched_within(work)
-    took = np.zeros(len(work.trace.names), dtype=np.int64)
+    took = np.zeros(len(work.trace.names))
     np.add.at(took, columns["name"], columns["end"] - columns["start"])
     names = [name for name in np.argsort(-took, kind="stable").tolist() if took[name] > 0]
     if not work.on_gpu:  # there, what c10d calls by such a name ends when the transfer does, whatever runs meanwhile
@@ -68,7 +72,7 @@ def ranges(work: Work) -> tuple[list[dict[str, Any]], int]:
         mine = np.flatnonzero(columns["name"] == name)
         figures = _parts(work, within(mine))
         host = float(took[name]) / 1e6
-        found.append({"name": work.trace.names[name], "count": len(mine), "host_ms": host, **figures})
+        found.append({"name": work.trace.names[name][:400], "count": len(mine), "host_ms": host, **figures})
     return found, max(0, len(names) - MOST_RANGES)
 
 
@@ -104,8 +108,9 @@ def _launched_within(work: Work) -> Callable[[np.ndarray], np.ndarray]:
     low, high = np.searchsorted(times, columns["start"]), np.searchsorted(times, columns["end"])
 
     def within(mine: np.ndarray) -> np.ndarray:
-        rows = [order[low[i] : high[i]] for i in mine if high[i] > low[i]]
-        return np.unique(np.concatenate(rows)) if rows else np.zeros(0, dtype=np.int64)
+        covered = union(low[mine], high[mine])  # ranges may lie within each other
+        rows = [order[first:last] for first, last in zip(covered.starts, covered.ends, strict=True)]
+        return np.sort(np.concatenate(rows)) if rows else np.zeros(0, dtype=np.int64)
 
     return within
 

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from dsv3_train.profiling.across import across
+from dsv3_train.profiling.columns import by_number
 from dsv3_train.profiling.gemm import gemm
 from dsv3_train.profiling.intervals import union
 from dsv3_train.profiling.ranges import pairs, ranges, steps, window
+from dsv3_train.profiling.values import plain
 from dsv3_train.profiling.waits import exposures, idle
 from dsv3_train.profiling.work import Work, is_unclassified
 
@@ -20,7 +22,8 @@ _LARGEST_SHOWN = 40
 
 
 def report(works: list[Work]) -> dict[str, Any]:
-    """Of one rank: its figures. Of several: `ranks`, the list of them, and what they say of each other.
+    """Of one rank: its figures. Of several: `ranks`, the list of them, what they say of each other, and the hidden
+    fraction of all their communication.
 
     Times are milliseconds. compute + exposed communication + idle = span. `hidden_fraction` is null where there is no
     communication; what no rule classifies counts as compute and is listed under `unclassified`.
@@ -35,7 +38,9 @@ def report(works: list[Work]) -> dict[str, Any]:
         lost = together["waited_for_ms"][rank] / (len(works) - 1)
         text = f"rank {rank} comes last to the collectives: each other rank waits {lost:.2f} ms for it"
         found.insert(0, {"kind": "straggler", "ms": lost, "text": text, "rank": rank})
-    return {"format": FORMAT, "ranks": each, "across": together, "findings": found}
+    comm, exposed = (sum(rank[key] for rank in each) for key in ("comm_ms", "exposed_comm_ms"))
+    hidden = 1 - exposed / comm if comm else None
+    return {"format": FORMAT, "hidden_fraction": hidden, "ranks": each, "across": together, "findings": found}
 
 
 def of_rank(work: Work) -> dict[str, Any]:
@@ -46,20 +51,25 @@ def of_rank(work: Work) -> dict[str, Any]:
         notes.insert(0, "no GPU kernels in this trace: times are those of operators on the host's threads")
     if left_out:
         notes.append(f"{left_out:,} more names of ranges were left out")
+    by_step, more = steps(work)
+    if more:
+        notes.append(f"{more:,} more steps were left out")
     whole = {
         "rank": work.rank,
+        "process": work.process,
         "device": "cpu" if work.device is None else work.device,
-        "file": str(work.trace.path),
+        "file": plain(str(work.trace.path)),
         **window(work, work.first, work.last),
         "kernels": int((work.which == 0).sum()),
         "copies": int((work.which == 1).sum()),
         "memsets": int((work.which == 2).sum()),
         **({} if work.on_gpu else {"operators": len(work.trace.operators["start"])}),
+        "cut": {"kernels": work.cut[0], "ms": work.cut[1] / 1e6},
         "idle": idle(work),
         "classes": _classes(work),
         "largest": _largest(work),
         "streams": _streams(work),
-        "steps": steps(work),
+        "steps": by_step,
         "pairs": pairs(work),
         "ranges": named,
         "gemm": gemm(work),
@@ -82,7 +92,7 @@ def _classes(work: Work) -> list[dict[str, Any]]:
                 "class": name,
                 "kind": kind,
                 "kernels": int(mine.sum()),
-                "ms": float(took[mine].sum()) / 1e6,
+                "ms": float(took[mine].sum(dtype=float)) / 1e6,
                 "union_ms": covered.total / 1e6,
                 "exposed_ms": (covered & work.exposed).total / 1e6 if work.is_comm[mine].any() else None,
                 "streams": [work.streams[stream] for stream in np.unique(work.stream[mine])],
@@ -93,7 +103,7 @@ def _classes(work: Work) -> list[dict[str, Any]]:
 
 def _largest(work: Work) -> list[dict[str, Any]]:
     """The names that took longest, with the sum of their times."""
-    took, count = np.zeros((2, len(work.trace.names)), dtype=np.int64)
+    took, count = np.zeros((2, len(work.trace.names)))
     np.add.at(took, work.name, work.end - work.start)
     np.add.at(count, work.name, 1)
     first = dict(zip(work.name[::-1].tolist(), work.cls[::-1].tolist(), strict=True))
@@ -111,15 +121,14 @@ def _largest(work: Work) -> list[dict[str, Any]]:
 
 def _streams(work: Work) -> list[dict[str, Any]]:
     found = []
-    for number, name in enumerate(work.streams):
-        mine = work.stream == number
-        comm = mine & work.is_comm
+    for name, mine in zip(work.streams, by_number(work.stream, len(work.streams)), strict=True):
+        comm, other = mine[work.is_comm[mine]], mine[~work.is_comm[mine]]
         busy, talking = union(work.start[mine], work.end[mine]), union(work.start[comm], work.end[comm])
-        computing = union(work.start[mine & ~comm], work.end[mine & ~comm])
+        computing = union(work.start[other], work.end[other])
         found.append(
             {
                 "stream": name,
-                "kernels": int(mine.sum()),
+                "kernels": len(mine),
                 "busy_ms": busy.total / 1e6,
                 "compute_ms": computing.total / 1e6,
                 "comm_ms": talking.total / 1e6,
@@ -131,12 +140,12 @@ def _streams(work: Work) -> list[dict[str, Any]]:
 
 def _unclassified(work: Work) -> dict[str, Any]:
     mine = np.flatnonzero(is_unclassified(work))
-    took = np.zeros(len(work.trace.names), dtype=np.int64)
+    took = np.zeros(len(work.trace.names))
     np.add.at(took, work.name[mine], (work.end - work.start)[mine])
     largest = [name for name in np.argsort(-took, kind="stable")[:_UNKNOWN_SHOWN].tolist() if took[name]]
     return {
         "ms": float(took.sum()) / 1e6,
-        "names": [{"name": work.trace.names[name], "ms": float(took[name]) / 1e6} for name in largest],
+        "names": [{"name": work.trace.names[name][:400], "ms": float(took[name]) / 1e6} for name in largest],
     }
 
 
@@ -183,18 +192,15 @@ def _findings(work: Work, whole: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _copies_in_the_way(work: Work) -> list[tuple[int, str, float, int]]:
     """(stream, name, ms alone, number) of copies on streams that compute, while nothing else runs on the GPU."""
-    found = []
     copies = work.which == 1
     others = union(work.start[~copies], work.end[~copies])
-    computing = set(np.unique(work.stream[(work.which == 0) & ~work.is_comm]).tolist())
-    for stream in np.unique(work.stream[copies]).tolist():
-        if stream not in computing:
-            continue
-        for name in np.unique(work.name[copies & (work.stream == stream)]).tolist():
-            mine = copies & (work.stream == stream) & (work.name == name)
-            alone = union(work.start[mine], work.end[mine]) - others
-            found.append((stream, work.trace.names[name], alone.total / 1e6, int(mine.sum())))
-    return found
+    computing = np.unique(work.stream[(work.which == 0) & ~work.is_comm])
+    chosen = np.flatnonzero(copies & np.isin(work.stream, computing))
+    keys, group = np.unique(np.stack([work.stream[chosen], work.name[chosen]], axis=1), axis=0, return_inverse=True)
+    alone = others.outside(work.start[chosen], work.end[chosen])  # copies of one stream do not overlap
+    ms = np.bincount(group.reshape(-1), alone, len(keys)) / 1e6
+    count = np.bincount(group.reshape(-1), minlength=len(keys))
+    return [(stream, work.trace.names[name], ms[i], int(count[i])) for i, (stream, name) in enumerate(keys.tolist())]
 
 
 def as_json(figures: dict[str, Any]) -> str:

@@ -48,9 +48,11 @@ def _ms(value: float | None) -> str:
 
 def _ranks(ranks: list[dict[str, Any]]) -> Table:
     table = _table("rank", "span ms", "compute", "comm", "exposed", "hidden", "idle", "host", "kernels")
+    several = len({rank["file"] for rank in ranks}) < len(ranks)  # which process and device a rank is
     for rank in ranks:
+        told = f"{rank['rank']}: {rank['process'][:40]}, {rank['device']}" if several else str(rank["rank"])
         table.add_row(
-            str(rank["rank"]),
+            Text(told),
             *(_ms(rank[key]) for key in ("span_ms", "compute_ms", "comm_ms", "exposed_comm_ms")),
             Text(_share(rank["hidden_fraction"]), style="bold"),
             _ms(rank["idle_ms"]),
@@ -68,7 +70,7 @@ def _classes(rank: dict[str, Any]) -> Table:
         more = "..." if len(row["streams"]) > 3 else ""
         style = "yellow" if row["kind"] == "communication" else ""
         cells = (f"{row['kernels']:,}", _ms(row["ms"]), _ms(row["union_ms"]), _ms(row["exposed_ms"]), streams + more)
-        table.add_row(row["class"], *cells, style=style)
+        table.add_row(*map(Text, (row["class"], *cells)), style=style)  # names may have what rich takes for markup
     gemm = rank["gemm"]
     if gemm and gemm["tflops"] is not None:
         table.caption = (

@@ -93,7 +93,7 @@ def _host_did(work: Work, start: int, end: int) -> str | None:
     best: tuple[int, str] | None = None
     for columns in (work.trace.launches, work.trace.operators, work.trace.ranges):
         shared = np.minimum(columns["end"], end) - np.maximum(columns["start"], start)
-        for row in np.flatnonzero(2 * shared >= end - start).tolist():
+        for row in np.flatnonzero(shared >= (end - start) / 2).tolist():
             took = int(columns["end"][row] - columns["start"][row])
             if best is None or took < best[0]:
                 best = took, work.trace.names[columns["name"][row]]

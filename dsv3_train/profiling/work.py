@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from dsv3_train.errors import UserError
 from dsv3_train.profiling.classes import COMMUNICATION, UNCLASSIFIED, Table
+from dsv3_train.profiling.columns import WHICH, Trace
+from dsv3_train.profiling.gpus import Gpu, gpus
 from dsv3_train.profiling.intervals import Intervals, union
-from dsv3_train.profiling.trace import WHICH, Trace
+from dsv3_train.profiling.values import plain
 
 
 @dataclass
@@ -22,7 +23,10 @@ class Work:
     """
 
     trace: Trace
+    """What of it is of this rank's process."""
     rank: int
+    process: str
+    """By its pid, and by its name where the trace has one."""
     device: int | None
     """None: a CPU's operators, each thread a stream; an operator counts while none that it called runs."""
     start: np.ndarray
@@ -41,6 +45,8 @@ class Work:
     classes: list[tuple[str, str]]
     """(class, kind)."""
     streams: list[str]
+    cut: tuple[int, int]
+    """Kernels that were cut where the next one of their stream begins, and the nanoseconds of it."""
 
     @property
     def on_gpu(self) -> bool:
@@ -96,43 +102,28 @@ def works(traces: list[Trace], table: Table) -> list[Work]:
     """One per rank, in order of rank. A file with kernels of several GPUs is several ranks.
 
     Raises:
-        UserError: two files are of the same rank.
+        UserError: two files are of the same rank, or a trace's numbers are no GPUs and streams.
     """
-    found: list[tuple[int | None, Trace, int | None]] = []
-    for trace in traces:
-        devices: list[int | None] = [int(device) for device in np.unique(trace.kernels["device"])] or [None]
-        several = len(devices) > 1
-        # A rank with one GPU is called after its process; several GPUs of a process count from there.
-        first = trace.rank if trace.rank is not None else _rank_in(trace.path)
-        for number, device in enumerate(devices):
-            found.append((first + number if first is not None and several else first, trace, device))
-    ranks = [rank for rank, _, _ in found]
-    if any(rank is None for rank in ranks):
-        ranks = list(range(len(found)))
+    found = [gpu for trace in traces for gpu in gpus(trace)]
+    ranks = [gpu.rank for gpu in found]
     numbers = [rank for rank in ranks if rank is not None]
-    for number in numbers:
-        if numbers.count(number) > 1:
-            paths = [str(trace.path) for rank, (_, trace, _) in zip(numbers, found, strict=True) if rank == number]
+    if len(numbers) < len(found):
+        numbers = list(range(len(found)))
+    seen: dict[int, Gpu] = {}
+    for number, gpu in zip(numbers, found, strict=True):
+        if number in seen:
+            paths = [plain(str(one.trace.path)) for one in (seen[number], gpu)]
             raise UserError(f"{paths[0]} and {paths[1]}: both are of rank {number}; give one trace of each rank")
+        seen[number] = gpu
     chosen = [
-        _of_operators(trace, rank, table) if device is None else _of_device(trace, rank, device, table)
-        for rank, (_, trace, device) in zip(numbers, found, strict=True)
+        _of_operators(gpu, rank, table) if gpu.device is None else _of_device(gpu, rank, gpu.device, table)
+        for rank, gpu in seen.items()
     ]
     return sorted(chosen, key=lambda work: work.rank)
 
 
-def _rank_in(path: Path) -> int | None:
-    """`rank3.json`, `trace_rank-3.json.gz`, `rank_3...`: 3."""
-    import re
-
-    found = re.search(r"rank[-_ ]?(\d+)", path.name.lower())
-    return int(found[1]) if found else None
-
-
-def _of_device(trace: Trace, rank: int, device: int, table: Table) -> Work:
-    rows = np.flatnonzero(trace.kernels["device"] == device)
-    rows = rows[np.argsort(trace.kernels["start"][rows], kind="stable")]
-    columns = {name: column[rows] for name, column in trace.kernels.items()}
+def _of_device(gpu: Gpu, rank: int, device: int, table: Table) -> Work:
+    trace, columns = gpu.trace, gpu.kernels
     streams, stream = _used(trace.streams, columns["stream"])
     correlation, external = columns["correlation"], columns["external"]
     launch = _rows_of(trace.launches["correlation"], correlation)
@@ -142,7 +133,9 @@ def _of_device(trace: Trace, rank: int, device: int, table: Table) -> Work:
     return Work(
         trace=trace,
         rank=rank,
+        process=gpu.process,
         device=device,
+        cut=gpu.cut,
         start=columns["start"],
         end=columns["end"],
         name=columns["name"],
@@ -157,8 +150,9 @@ def _of_device(trace: Trace, rank: int, device: int, table: Table) -> Work:
     )
 
 
-def _of_operators(trace: Trace, rank: int, table: Table) -> Work:
+def _of_operators(gpu: Gpu, rank: int, table: Table) -> Work:
     """Operators of each thread, cut where one calls another: what remains is each one's own time."""
+    trace = gpu.trace
     columns = trace.operators
     thread, start, end = columns["thread"], columns["start"], columns["end"]
     order = np.lexsort((-end, start, thread))
@@ -201,7 +195,9 @@ def _of_operators(trace: Trace, rank: int, table: Table) -> Work:
     return Work(
         trace=trace,
         rank=rank,
+        process=gpu.process,
         device=None,
+        cut=gpu.cut,
         start=cut[:, 0],
         end=cut[:, 1],
         name=columns["name"][rows],
