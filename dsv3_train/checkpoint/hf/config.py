@@ -41,7 +41,7 @@ _SAME = (
     "initializer_range",
 )
 """Keys that `config.json` and a recipe's `model` section share."""
-_SCORING = {
+_SCORING: dict[str, dict[str, tuple[Any, ...]]] = {
     "deepseek_v3": {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "norm_topk_prob": (True,)},
     "deepseek_v2": {
         "scoring_func": ("softmax",),
@@ -49,7 +49,7 @@ _SCORING = {
         "norm_topk_prob": (False, None),
     },
 }
-_ONLY = {
+_ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -208,7 +208,7 @@ _FLOATS = ("routed_scaling_factor", "rms_norm_eps", "initializer_range")
 def _unsupported(own: dict[str, Any], found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(key, message) of what this project's model has not; `own` as it stands, `found` with the class's defaults."""
     kind = own_class.OWN_CLASS[own["model_type"]]
-    for key, allowed in {**_ONLY, **_SCORING[kind]}.items():
+    for key, allowed in (_ONLY | _SCORING[kind]).items():
         if found.get(key, allowed[0]) not in allowed:
             only = " or ".join(repr(value) for value in allowed if value is not None)
             yield key, f"{found[key]!r} is not supported; of a {kind} this model has only {only}"

@@ -102,7 +102,10 @@ def _transformers(side: Weights) -> Any:
     import transformers
 
     own = own_class.language(side.directory.config)
-    config = {key: value for key, value in own.items() if key != "quantization_config"}
+    config = {key: value for key, value in own.items() if key != "quantization_config" and value is not None}
+    # Absent, the heads of keys are 128 to a deepseek_v3; and what a null of these means, its strict types do not take.
+    config |= {"num_key_value_heads": side.model.num_attention_heads, "n_shared_experts": side.model.n_shared_experts}
+    config |= {"q_lora_rank": side.model.q_lora_rank}
     name = {"deepseek_v3": "DeepseekV3", "deepseek_v2": "DeepseekV2"}[own_class.OWN_CLASS[own["model_type"]]]
     if not hasattr(transformers, f"{name}ForCausalLM"):
         return None
@@ -124,7 +127,7 @@ def _transformers(side: Weights) -> Any:
 
 
 def _scales_softmax(model: Any, ours: Model) -> bool:
-    """Whether each attention of transformers' model has YaRN's softmax scale: its DeepseekV2 of 4.57 leaves that out."""
+    """Whether transformers' model has YaRN's softmax scale: DeepseekV2 of 4.57 leaves it out, of 5.24 not."""
     scaling = ours.rope_scaling
     mscale = 0.1 * scaling.mscale_all_dim * math.log(scaling.factor) + 1 if scaling else 1.0
     expected = (ours.qk_nope_head_dim + ours.qk_rope_head_dim) ** -0.5 * mscale**2

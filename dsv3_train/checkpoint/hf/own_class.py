@@ -143,8 +143,8 @@ def contradictions(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if name in own and other in own and own[name] != own[other]:
             yield (
                 name,
-                f"{json.dumps(own[name])} here and {json.dumps(own[other])} under {other}, its other name: transformers 5 "
-                f"takes the latter, transformers 4 the former; keep the right one",
+                f"{json.dumps(own[name])} here and {json.dumps(own[other])} as {other}, its other name: transformers 5 "
+                "takes the latter, transformers 4 the former; keep the right one",
             )
     for name in sorted(_ABSENT[kind].keys() & config.keys() & own.keys()) if key is not None else ():
         if config[name] != own[name]:
@@ -154,11 +154,11 @@ def contradictions(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def notes(config: dict[str, Any]) -> list[str]:
     """What of the settings other than RoPE's another reader may take otherwise, one line each."""
     found = []
-    for one in (config, language(config)):
+    for one in (config,) if part(config) is None else (config, language(config)):
         both = one.get("dtype"), one.get("torch_dtype")
         if None not in both and both[0] != both[1]:
-            line = f"config.json has dtype {both[0]} and torch_dtype {both[1]}: transformers takes dtype; weights stay as stored"
-            found += [line] if line not in found else []
+            said = f"config.json has dtype {both[0]} and torch_dtype {both[1]}"
+            found.append(f"{said}: transformers takes dtype; weights stay as stored")
     own = language(config)
     for other, name in OTHER_NAMES[OWN_CLASS[own["model_type"]]].items():
         if other in own and name not in own:

@@ -1,8 +1,9 @@
 """RoPE's settings in `config.json`: where they stand, and what they come to.
 
-The published files have `rope_theta` and `rope_scaling`; transformers 5 writes `rope_parameters` with both in it, and reads
-either; transformers 4 and DeepSeek's own code know the former alone. A setting that stands in one place is taken from
-there. Of two that disagree the one is taken that transformers 5 and 4 both take, with a note, else they are refused.
+The published files have `rope_theta` and `rope_scaling`; transformers 5 writes `rope_parameters` with both in it, and
+reads either; transformers 4 and DeepSeek's own code know the former alone. A setting that stands in one place is taken
+from there. Of two that disagree that one is taken which transformers 5 and 4 both take, with a note; else they are
+refused.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ class Rope:
 
 
 def read(config: dict[str, Any], longest: Any) -> Rope:
-    """RoPE of the language model's keys as they stand; `longest`: its `max_position_embeddings`, by default its class's.
+    """RoPE of the language model's keys as they stand; faults are in the result, and its `scaling` is None then.
 
-    What is at fault is in the result: its `scaling` is None then.
+    Args:
+        longest: `max_position_embeddings`, where it is absent its class's default.
     """
     key = "rope_parameters" if config.get("rope_parameters") and not config.get("rope_scaling") else "rope_scaling"
     faults = [
@@ -89,12 +91,14 @@ def read(config: dict[str, Any], longest: Any) -> Rope:
 def known_to_all(config: dict[str, Any]) -> bool:
     """Whether RoPE's settings stand where transformers 4 and DeepSeek's own code look for them too."""
     inside = config.get("rope_scaling") or {}
-    moved = bool(config.get("rope_parameters")) and not inside
-    return not moved and not inside.keys() & {"rope_theta"} and config.get("original_max_position_embeddings") is None
+    if "rope_theta" in inside or (config.get("rope_parameters") and not inside):
+        return False
+    top = config.get("original_max_position_embeddings")
+    return top in (None, inside.get("original_max_position_embeddings"))
 
 
 def zero_mscale(mscale: Any, mscale_all_dim: Any) -> bool:
-    """Whether one of the two is a zero that transformers takes for absent, and DeepSeek's own code for a factor of 1."""
+    """Whether one of them is a zero that transformers takes for absent, and DeepSeek's own code for a factor of 1."""
     return 0 in (mscale, mscale_all_dim) and (mscale, mscale_all_dim) != NO_MSCALE
 
 
@@ -121,9 +125,8 @@ def _ignored(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
     keys = sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key))
     if not keys:
         return []
-    return [
-        f"config.json: rope_scaling and rope_parameters disagree on {', '.join(keys)}: rope_scaling holds, as in transformers"
-    ]
+    said = f"config.json: rope_scaling and rope_parameters disagree on {', '.join(keys)}"
+    return [f"{said}: rope_scaling holds, as in transformers"]
 
 
 def _comparable(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -159,10 +162,8 @@ def _yarn(config: dict[str, Any], rope: dict[str, Any], longest: Any, notes: lis
                 "DeepSeek's own code do not read it"
             )
         elif original != _DEEPSEEKS_LENGTH:
-            notes.append(
-                f"config.json: yarn without original_max_position_embeddings: {original}, max_position_embeddings, as in "
-                f"transformers; DeepSeek's own code takes {_DEEPSEEKS_LENGTH}"
-            )
+            said = "config.json: yarn without original_max_position_embeddings: max_position_embeddings"
+            notes.append(f"{said}, {original}, holds as in transformers; DeepSeek's own code takes {_DEEPSEEKS_LENGTH}")
     mscale, mscale_all_dim = _mscales(rope, notes)
     return {
         "factor": rope["factor"],
@@ -175,7 +176,7 @@ def _yarn(config: dict[str, Any], rope: dict[str, Any], longest: Any, notes: lis
 
 
 def _mscales(rope: dict[str, Any], notes: list[str]) -> tuple[Any, Any]:
-    """`mscale` and `mscale_all_dim` that scale cos and sin and the softmax as transformers does, one of them absent too.
+    """`mscale` and `mscale_all_dim` that scale cos, sin and softmax as transformers does, also where one is absent.
 
     transformers scales cos and sin by 0.1 ln(factor) + 1 unless both are given, and the softmax by `mscale_all_dim`.
     DeepSeek's own code takes 1 for an absent `mscale` and 0 for an absent `mscale_all_dim`.
@@ -185,18 +186,14 @@ def _mscales(rope: dict[str, Any], notes: list[str]) -> tuple[Any, Any]:
         return mscale, mscale_all_dim
     if mscale_all_dim in (None, 0):
         if mscale not in (None, 1):
-            notes.append(
-                f"config.json has mscale {json.dumps(mscale)} without mscale_all_dim: 1, as transformers takes it; DeepSeek's "
-                "own code takes it as it stands"
-            )
+            said = f"config.json has mscale {json.dumps(mscale)} without mscale_all_dim"
+            notes.append(f"{said}: transformers takes 1, as is done here, DeepSeek's own code takes what it says")
         return NO_MSCALE
     numbers = all(isinstance(value, int | float) for value in (factor, mscale_all_dim))
     if not numbers or factor <= 1:
         return 1.0, mscale_all_dim
     log = 0.1 * math.log(factor)
     mscale = ((log + 1) * (log * mscale_all_dim + 1) - 1) / log
-    notes.append(
-        f"config.json has mscale_all_dim without mscale: cos and sin are scaled by {log + 1:.4f}, as in transformers (here: "
-        f"mscale {mscale:.4f}); DeepSeek's own code takes mscale 1"
-    )
+    said = f"config.json has mscale_all_dim without mscale: cos and sin are scaled by {log + 1:.4f}, as in transformers"
+    notes.append(f"{said} (here as mscale {mscale:.4f}); DeepSeek's own code takes mscale 1")
     return mscale, mscale_all_dim
