@@ -12,6 +12,8 @@ from dsv3_train.checkpoint.hf import own_class, rope
 from dsv3_train.recipe.faults import Fault, Place, refuse
 from dsv3_train.recipe.schema import Model
 
+_APART = ("rope_theta", "rope_scaling", "initializer_range", "num_nextn_predict_layers", "scoring_func")
+"""Keys of a recipe that are not written for being absent, or changed."""
 _FP8 = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
@@ -88,16 +90,21 @@ def updated(config: dict[str, Any], model: Model, mtp: int | None, dtype: str) -
 
 
 def _updated(config: dict[str, Any], own: dict[str, Any], model: Model, mtp: int | None) -> dict[str, Any]:
-    """The language model's keys, `own`, with what differs from them in `model`."""
+    """The language model's keys, `own`, with what differs from them in `model`, and with what they leave to defaults.
+
+    Those of the versions of transformers and of DeepSeek's own code differ, and not all know all names of a key.
+    """
     theirs = configs.model(config, "config.json")
-    changed = {name: value for name, value in model.model_dump().items() if value != getattr(theirs, name)}
-    for name in ("rope_theta", "rope_scaling", "initializer_range", "num_nextn_predict_layers"):
-        changed.pop(name, None)
+    changed = {
+        name: value
+        for name, value in model.model_dump().items()
+        if name not in _APART and (name not in own or value != getattr(theirs, name))
+    }
     if mtp is not None:
         changed["num_nextn_predict_layers"] = mtp
     kind = own_class.OWN_CLASS[own_class.language(config)["model_type"]]
-    stale = {other for other, name in own_class.OTHER_NAMES[kind].items() if name in changed}
-    result = {name: value for name, value in own.items() if name not in stale} | changed
+    others = {other: name for other, name in own_class.OTHER_NAMES[kind].items() if other in own and name in changed}
+    result = own | changed | {other: changed[name] for other, name in others.items()}
     same = (model.rope_theta, model.rope_scaling) == (theirs.rope_theta, theirs.rope_scaling)
     return result if same and rope.known_to_all(own) else result | _rope(own, model, theirs)
 

@@ -131,7 +131,8 @@ def _ignored(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
 
 def _comparable(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    return {"rope_theta": config.get("rope_theta", _THETA), **rope, "rope_type": kind, "type": kind}
+    settings = {"rope_theta": config.get("rope_theta", _THETA), **rope, "rope_type": kind}
+    return {key: value for key, value in settings.items() if key != "type"}
 
 
 def _yarn_faults(config: dict[str, Any], key: str, given: dict[str, Any], longest: Any) -> list[tuple[str, str]]:

@@ -110,6 +110,7 @@ def make_plan(checkpoint: Path, dtype: Dtype | None, mtp: Mtp | None) -> Plan:
     weight_map, index = _placed(names, outputs, came_from)
     tokenizer, eos_id = _tokenizer(recipe, notes) if came_from is None else (None, None)
     config, verbatim = _config(recipe, chosen, modules, came_from, eos_id)
+    notes += configs.notes(config)
     return Plan(
         checkpoint,
         recipe,
