@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers", minversion="5.24")
 TOOL = Path(__file__).parents[1] / "tools" / "config_readers.py"
 sys.path.insert(0, str(TOOL.parent))
 
-from config_readers import BASES, change, classes, make, tokens  # noqa: E402
+from config_readers import BASES, Changed, change, classes, filled, make, tokens, write  # noqa: E402
 
 V3, MOONLIGHT, V2 = BASES["V3"], BASES["Moonlight"], BASES["V2-Lite"]
 
@@ -229,6 +229,11 @@ REFUSED = {
     "halves turned": (without(V3, rope_interleave=None), "rope_interleave: None is not supported"),
     "layers that differ": (without(V3, per_layer_config={"0": {}}), "per_layer_config: {'0': {}} is not supported"),
     "null for groups": (without(V3, n_group=None), "n_group: must be an integer, got null"),
+    "a list for a type": (without(V3, model_type=["deepseek_v3"]), "model_type: ['deepseek_v3'] is not supported"),
+    "a list for RoPE's type": (
+        without(V3, rope_scaling={**YARN, "type": ["yarn"]}),
+        "rope_scaling: type ['yarn'] is not",
+    ),
     "INT4": (
         without(V3, quantization_config={"quant_method": "compressed-tensors", "format": "pack-quantized"}),
         'quantization_config: quant_method "compressed-tensors", format "pack-quantized" is not read',
@@ -243,6 +248,11 @@ def test_refused(case):
         config.model(made, "config.json")
     assert str(error.value).startswith(f"config.json: {message}")
     assert "\n" not in str(error.value)
+
+
+def test_null_for_what_transformers_does_not_look_at():
+    assert config.model(without(V3, scoring_func=None, topk_method=None), "config.json") == config.model(V3, "")
+    assert config.model(without(V2, scoring_func=None), "config.json") == config.model(V2, "")
 
 
 def test_groups_that_decide_nothing():
@@ -349,27 +359,34 @@ def test_what_still_holds_stays_as_it_is():
         assert config_out.updated(made, model, None, "bf16") == {**made, "torch_dtype": "bfloat16"}
 
 
+V2_LITE = without(V2, rope_scaling={**YARN, "mscale": 0.707, "mscale_all_dim": 0.707})
+KIMI_K2 = without(V3, rope_scaling={**YARN, "beta_fast": 1.0, "factor": 32.0, "mscale": 1.0, "mscale_all_dim": 1.0})
+
+
 def test_logits_of_changed_files(tmp_path):
     """The model that is made of the settings, by the tool's own process; transformers' of the same file here."""
     make(tmp_path, 6, 4)
+    for number, made in enumerate([V2_LITE, KIMI_K2], 6):
+        kind, model_of = classes(made)
+        write(tmp_path / f"{number:02d}", filled(model_of(kind.from_dict(without(made))), 0), Changed("", made, []))
     done = subprocess.run([sys.executable, str(TOOL), "ours", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    compared = 0
+    compared = []
     for path in sorted(tmp_path.iterdir()):
         if (path / "ours.pt").is_file():
             expected = _transformers(open_weights(path))(tokens(path))
             torch.testing.assert_close(torch.load(path / "ours.pt"), expected, rtol=0, atol=1e-5)
-            compared += 1
-    assert compared >= 4
+            compared.append(path.name)
+    assert len(compared) >= 6
+    assert compared[-2:] == ["06", "07"]
 
 
 def test_transformers_v2_has_yarns_softmax_scale():
     """5.24 does, 4.57 does not; verify runs the former."""
-    made = without(V2, rope_scaling={**YARN, "mscale": 0.707, "mscale_all_dim": 0.707})
-    kind, model_of = classes(made)
+    kind, model_of = classes(V2_LITE)
     with torch.device("meta"):
-        model = model_of(kind.from_dict(without(made)))
-    ours = config.model(made, "config.json")
+        model = model_of(kind.from_dict(without(V2_LITE)))
+    ours = config.model(V2_LITE, "config.json")
     assert _scales_softmax(model, ours)
     for layer in model.model.layers:
         layer.self_attn.scaling = 24**-0.5  # as 4.57 leaves it

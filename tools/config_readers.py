@@ -234,24 +234,27 @@ def make(where: Path, count: int, seed: int) -> None:
                 values = sum(parameter.numel() for parameter in model_of(settings).parameters())
             if not made.said or values > _LARGEST:
                 continue
-            torch.manual_seed(done)
-            model = model_of(settings).float()
-            _fill(model)
-            model(torch.arange(3)[None])
+            model = filled(model_of(settings).float(), done)
         except Exception as error:  # no model: transformers itself cannot read this one
             print(f"passed over, {', '.join(made.said)}: {type(error).__name__}: {error}"[:160])
             continue
-        path = where / f"{done:02d}"
-        model.save_pretrained(path)
-        (path / "config.json").write_text(json.dumps(made.config, indent=1) + "\n")
-        facts = {name: getattr(made, name) for name in ("base", "said", "contradicts", "only_five")}
-        (path / "made.json").write_text(json.dumps(facts))
+        write(where / f"{done:02d}", model, made)
         done += 1
 
 
-def _fill(model: Any) -> None:
+def write(path: Path, model: Any, made: Changed) -> None:
+    """A directory of a model, with another config.json."""
+    model.save_pretrained(path)
+    (path / "config.json").write_text(json.dumps(made.config, indent=1) + "\n")
+    facts = {name: getattr(made, name) for name in ("base", "said", "contradicts", "only_five")}
+    (path / "made.json").write_text(json.dumps(facts))
+
+
+def filled(model: Any, seed: int) -> Any:
+    """transformers' model with random weights, FP32, after it has run once."""
     import torch
 
+    torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=0.5 / parameter.shape[-1] ** 0.5)
@@ -260,6 +263,8 @@ def _fill(model: Any) -> None:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(std=0.05)
+        model(torch.arange(3)[None])
+    return model
 
 
 def tokens(path: Path) -> Any:

@@ -150,7 +150,7 @@ def notes(config: dict[str, Any]) -> list[str]:
 
 def _checked(config: dict[str, Any], file: str) -> tuple[dict[str, Any], Model]:
     kind = config.get("model_type")
-    if kind not in own_class.OWN_CLASS:
+    if not isinstance(kind, str) or kind not in own_class.OWN_CLASS:
         known = ", ".join(own_class.OWN_CLASS)
         refuse([Fault(Place(file), "model_type", f"{kind!r} is not supported; it must be one of {known}")])
     part = own_class.part(config)

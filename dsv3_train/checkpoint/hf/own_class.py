@@ -108,7 +108,8 @@ def language(config: dict[str, Any]) -> dict[str, Any]:
 def settings(config: dict[str, Any]) -> dict[str, Any]:
     """The language model's keys, those absent as its class takes them, under one name each.
 
-    A null stays null, but for `n_shared_experts` and `num_nextn_predict_layers`: no class takes a default for it.
+    A null stays null, for which no class takes a default, but for keys that transformers does not look at, and for
+    `n_shared_experts` and `num_nextn_predict_layers`.
     `config` is of a type in `OWN_CLASS`.
     """
     own = language(config)
@@ -117,6 +118,8 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     for other, key in OTHER_NAMES[kind].items():
         if key not in own and other in own:
             found[key] = own[other]
+    ignored = ("scoring_func", "topk_method") if kind == "deepseek_v3" else ("scoring_func",)
+    found |= {key: _ABSENT[kind][key] for key in ignored if found[key] is None}
     all_groups = found["n_group"] is not None and found["n_group"] == found["topk_group"]
     if kind == "deepseek_v2" and (
         found["topk_method"] == "greedy" or (found["topk_method"] == "group_limited_greedy" and all_groups)

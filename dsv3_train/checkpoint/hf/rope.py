@@ -67,9 +67,8 @@ def read(config: dict[str, Any], longest: Any) -> Rope:
     if any(isinstance(value, dict) for value in rope.values()):
         faults.append((key, "has settings for each kind of layer; this model's layers share one RoPE"))
         return Rope(theta, None, key, faults)
-    kinds = {rope[name] for name in ("rope_type", "type") if name in rope} or {"default"}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if len(kinds) > 1:
+    if rope.get("type", kind) != kind:
         faults.append((key, f"rope_type {rope['rope_type']!r} and type {rope['type']!r} disagree; keep the right one"))
     elif kind not in ("default", "yarn"):
         faults.append((key, f"type {kind!r} is not supported; it must be yarn, or null for plain RoPE"))
