@@ -144,7 +144,9 @@ TENSORS = {
     "tied embeddings": (settings(tie_word_embeddings=True), ["config.json: tie_word_embeddings: True"]),
     "another activation": (settings(hidden_act="gelu"), ["hidden_act: 'gelu'"]),
     "V2's groups": (
-        settings(scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False),
+        settings(
+            model_type="deepseek_v2", rope_interleave=True, topk_method="group_limited_greedy", norm_topk_prob=False
+        ),
         ["topk_method: 'group_limited_greedy'"],
     ),
     "one expert per token": (settings(num_experts_per_tok=1), ["num_experts_per_tok: 1 is not supported"]),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3_train.checkpoint.hf import config, fp8, from_hf, inspect, names, to_hf
+from dsv3_train.checkpoint.hf import config, config_out, fp8, from_hf, inspect, names, to_hf
 from dsv3_train.data import tokenizer
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.load import build, dump, load
@@ -114,7 +114,7 @@ def test_config_and_recipe():
     changed = {"rope_scaling": derived.model.rope_scaling, "initializer_range": 0.02}
     assert derived.model == shipped.model.model_copy(update=changed)
     assert derived.model.rope_scaling.factor == 40
-    again = build(config.derive(config.config_of(derived.model, 1, 4096), "v3", 1, "BF16"), "config.json")
+    again = build(config.derive(config_out.config_of(derived.model, 1, 4096), "v3", 1, "BF16"), "config.json")
     assert again.model == derived.model
     assert [line.split(":")[0] for line in config.contradictions(shipped, CONFIG, 1)] == ["model.rope_scaling"]
 
@@ -185,12 +185,12 @@ def test_yarn_without_mscale():
     plain = {key: value for key, value in YARN.items() if "mscale" not in key}
     model = config.model({**CONFIG, "rope_scaling": plain}, "config.json", 0)
     assert (model.rope_scaling.mscale, model.rope_scaling.mscale_all_dim) == (1.0, 0.0)
-    config.refuse_unwritable(model, "recipe.yaml")
-    written = config.config_of(model, 0, 4096)
+    config_out.refuse_unwritable(model, "recipe.yaml")
+    written = config_out.config_of(model, 0, 4096)
     assert written["rope_scaling"] == plain
     assert config.model(written, "config.json") == model
-    changed = config.changed(model, {**CONFIG, "rope_parameters": {}})
-    assert not [key for key in changed["rope_parameters"] if "mscale" in key]
+    changed = config_out.updated({**CONFIG, "rope_scaling": None, "rope_parameters": YARN}, model, None, "bf16")
+    assert not [key for place in ("rope_scaling", "rope_parameters") for key in changed[place] if "mscale" in key]
 
 
 @pytest.mark.parametrize("both", [(0.0, 0.0), (0.0, 1.0), (0.7, 0.0)])
@@ -217,5 +217,5 @@ def test_tokens_of_a_model_trained_here(tmp_path):
     assert to_hf._tokenizer(recipe, notes) == (None, None)
     assert ["config.json has no eos_token_id" in note for note in notes] == [True, True]
     keys = ("bos_token_id", "eos_token_id")
-    assert [config.config_of(recipe.model, 0, 64, 5).get(key) for key in keys] == [5, 5]
-    assert not config.config_of(recipe.model, 0, 64).keys() & set(keys)
+    assert [config_out.config_of(recipe.model, 0, 64, 5).get(key) for key in keys] == [5, 5]
+    assert not config_out.config_of(recipe.model, 0, 64).keys() & set(keys)

@@ -9,14 +9,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dsv3_train.checkpoint.hf import own_class, rope
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.faults import Fault, Place, refuse
 from dsv3_train.recipe.messages import faults_of
 from dsv3_train.recipe.schema import Model, Recipe, Section
 from dsv3_train.recipe.yaml_source import Node
 
-MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "kimi_k2")
-"""Whose layers are DeepSeek-V3's, or a part of them (Moonlight is a deepseek_v3)."""
 _SAME = (
     "vocab_size",
     "hidden_size",
@@ -31,6 +30,7 @@ _SAME = (
     "n_group",
     "topk_group",
     "routed_scaling_factor",
+    "scoring_func",
     "q_lora_rank",
     "kv_lora_rank",
     "qk_nope_head_dim",
@@ -41,24 +41,23 @@ _SAME = (
     "initializer_range",
 )
 """Keys that `config.json` and a recipe's `model` section share."""
-_WHERE_ABSENT: dict[str, Any] = {
-    "n_shared_experts": 0,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 0,
-    "q_lora_rank": None,
-    "num_nextn_predict_layers": 0,
-    "rms_norm_eps": 1e-6,
-    "routed_scaling_factor": 1.0,
-    "initializer_range": 0.02,
+_SCORING: dict[str, dict[str, tuple[Any, ...]]] = {
+    "deepseek_v3": {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "norm_topk_prob": (True,)},
+    "deepseek_v2": {
+        "scoring_func": ("softmax",),
+        "topk_method": ("greedy", "group_limited_greedy"),
+        "norm_topk_prob": (False, None),
+    },
 }
-_REQUIRED = {
-    "hidden_act": ("silu",),
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "tie_word_embeddings": (False, None),
     "moe_layer_freq": (1, None),
-    "rope_interleave": (True, None),
+    "rope_interleave": (True,),
+    "is_causal": (True, None),
+    "per_layer_config": (None,),
 }
 """What these keys must say if they are there: this project's model has nothing else."""
 _STARTING_POINT: dict[str, Any] = {
@@ -77,14 +76,40 @@ def read(path: Path) -> dict[str, Any]:
     """
     file = path / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _object(pairs, file))
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; a Hugging Face directory has one") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON ({error}); fetch it again") from None
     if not isinstance(config, dict):
         raise UserError(f"{file}: not a JSON object; fetch it again")
+    _refuse_modelopt(path / "hf_quant_config.json")
     return config
+
+
+def _object(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
+    found = dict(pairs)
+    for key, value in pairs:
+        if value != found[key]:
+            raise UserError(
+                f"{file}: {key}: is there twice, as {_show(value)} and {_show(found[key])}; keep the right one"
+            )
+    return found
+
+
+def _refuse_modelopt(file: Path) -> None:
+    """Refuse weights that NVIDIA's ModelOpt has quantised: config.json may say nothing of it."""
+    if not file.is_file():
+        return
+    try:
+        kind = json.loads(file.read_text(encoding="utf-8"))["quantization"]["quant_algo"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        kind = "unknown"
+    if kind is not None:
+        raise UserError(f"{file}: quant_algo: {kind} is not read; {_READABLE}: take the weights that were quantised")
+
+
+_READABLE = "only FP8 (e4m3) in 128x128 blocks, BF16 and FP32 are"
 
 
 def model_of(config: dict[str, Any], file: str) -> dict[str, Any]:
@@ -112,36 +137,59 @@ class _Keys(Section):
     model: Model
 
 
+def settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's keys, those absent as the model's own class takes them, under one name each."""
+    return own_class.settings(config)
+
+
+def notes(config: dict[str, Any]) -> list[str]:
+    """What of `config.json` another reader takes otherwise, or what of it does not hold, one line each."""
+    own = own_class.language(config)
+    return own_class.notes(config) + rope.read(own, settings(config)["max_position_embeddings"]).notes
+
+
 def _checked(config: dict[str, Any], file: str) -> tuple[dict[str, Any], Model]:
-    faults = [Fault(Place(file), key, message) for key, message in _unsupported(config)]
-    values: dict[str, Any] = {}
-    for key in _SAME:
-        value = config.get(key, _WHERE_ABSENT.get(key))
-        if value is None:
-            value = _WHERE_ABSENT.get(key)
-        if value is None and key != "q_lora_rank":
-            faults.append(Fault(Place(file), key, "missing; a DeepSeek-V3 configuration has it"))
-        values[key] = _float(value) if key in _FLOATS else value
-    values["scoring_func"] = _scoring(config)
-    rope = _rope(config)
-    values["rope_theta"] = _float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
-    unreadable = any(fault.key in ("model_type", _rope_key(config)) for fault in faults)
-    values["rope_scaling"] = None if unreadable else _scaling(config, rope)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in own_class.OWN_CLASS:
+        known = ", ".join(own_class.OWN_CLASS)
+        refuse([Fault(Place(file), "model_type", f"{kind!r} is not supported; it must be one of {known}")])
+    part = own_class.part(config)
+    within = f"{part}." if part else ""
+    wrong = [(key if key == part else within + key, message) for key, message in own_class.contradictions(config)]
+    own, found = own_class.language(config), settings(config)
+    theirs = rope.read(own, found["max_position_embeddings"])
+    wrong += [(within + key, message) for key, message in (*_unsupported(own, found), *theirs.faults)]
+    faults = [Fault(Place(file), key, message) for key, message in wrong]
+    values = {key: _float(found[key]) if key in _FLOATS else found[key] for key in _SAME}
+    if values["num_experts_per_tok"] is None and "num_experts_per_tok" not in own:
+        faults.append(
+            Fault(Place(file), f"{within}num_experts_per_tok", "missing, and a deepseek_v2 has no default for it")
+        )
+        values["num_experts_per_tok"] = 1
+    if all(type(found[key]) is int for key in ("first_k_dense_replace", "num_hidden_layers")):
+        values["first_k_dense_replace"] = min(found["first_k_dense_replace"], found["num_hidden_layers"])
+    values["rope_theta"] = _float(theirs.theta)
+    values["rope_scaling"] = theirs.scaling and {
+        key: value if key == "original_max_position_embeddings" else _float(value)
+        for key, value in theirs.scaling.items()
+    }
     try:
         checked = _Keys.model_validate({"model": values}).model
     except ValidationError as error:
-        refuse([*faults, *_faults_of(error, values, config, file)])
+        refuse([*faults, *_faults_of(error, values, within, theirs.key, file)])
     if faults:
         refuse(faults)
     return values, checked
 
 
-def _faults_of(error: ValidationError, values: dict[str, Any], config: dict[str, Any], file: str) -> Iterator[Fault]:
+def _faults_of(
+    error: ValidationError, values: dict[str, Any], within: str, rope_key: str, file: str
+) -> Iterator[Fault]:
     """The schema's faults, under the keys of `config.json`."""
     root = _node({"model": values}, Place(file))
     for fault in faults_of(error, root):
         key = fault.key.removeprefix("model.")
-        yield Fault(fault.place, key.replace("rope_scaling", _rope_key(config), 1), fault.message)
+        yield Fault(fault.place, within + key.replace("rope_scaling", rope_key, 1), fault.message)
 
 
 def _node(value: Any, place: Place) -> Node:
@@ -157,95 +205,25 @@ def _float(value: Any) -> Any:
 _FLOATS = ("routed_scaling_factor", "rms_norm_eps", "initializer_range")
 
 
-def _scoring(config: dict[str, Any]) -> str:
-    default = "softmax" if config.get("model_type") == "deepseek_v2" else "sigmoid"
-    return config.get("scoring_func") or default
-
-
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """`rope_parameters` (transformers 5) or `rope_scaling` (the published files)."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return rope if isinstance(rope, dict) else {}
-
-
-def _rope_key(config: dict[str, Any]) -> str:
-    return "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-
-
-def _scaling(config: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any] | None:
-    if _rope_type(rope) == "default":
-        return None
-    both = rope.get("mscale") is not None  # `_unsupported` has refused one without the other
-    return {
-        "factor": _float(rope["factor"]),
-        "original_max_position_embeddings": rope.get("original_max_position_embeddings")
-        or config["max_position_embeddings"],
-        "beta_fast": _float(rope.get("beta_fast") or 32.0),
-        "beta_slow": _float(rope.get("beta_slow") or 1.0),
-        "mscale": _float(rope["mscale"]) if both else _NO_MSCALE[0],
-        "mscale_all_dim": _float(rope["mscale_all_dim"]) if both else _NO_MSCALE[1],
-    }
-
-
-_NO_MSCALE = (1.0, 0.0)
-"""What `mscale` and `mscale_all_dim` are where neither is given. Of a zero elsewhere transformers makes neither, and
-DeepSeek's own code a factor of 1."""
-
-
-def _zero_mscale(rope: dict[str, Any]) -> bool:
-    both = (rope.get("mscale"), rope.get("mscale_all_dim"))
-    return 0 in both and both != _NO_MSCALE
-
-
-def refuse_unwritable(model: Model, file: str) -> None:
-    """Refuse a model that no `config.json` can say.
-
-    Raises:
-        UserError: naming the key of the recipe `file`.
-    """
-    if model.rope_scaling and _zero_mscale(model.rope_scaling.model_dump()):
-        refuse([Fault(Place(file), "model.rope_scaling", _ZERO_MSCALE)])
-
-
-_ZERO_MSCALE = (
-    "implementations differ on mscale or mscale_all_dim 0; set both above 0, or mscale 1 with mscale_all_dim 0"
-)
-
-
-def _rope_type(rope: dict[str, Any]) -> str:
-    return rope.get("rope_type") or rope.get("type") or "default"
-
-
-def _unsupported(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        yield "model_type", f"{kind!r} is not supported; it must be one of {', '.join(MODEL_TYPES)}"
-        return
-    for key, allowed in _REQUIRED.items():
-        if config.get(key, allowed[0]) not in allowed:
-            yield key, f"{config[key]!r} is not supported; this model has only {allowed[0]!r}"
-    heads = config.get("num_attention_heads")
-    if config.get("num_key_value_heads") not in (None, heads):
-        yield "num_key_value_heads", f"{config['num_key_value_heads']} of {heads} heads is not supported; MLA has all"
-    scoring = _scoring(config)
-    if scoring not in ("sigmoid", "softmax"):
-        yield "scoring_func", f"{scoring!r} is not supported; it must be sigmoid or softmax"
-    method = config.get("topk_method") or ("noaux_tc" if scoring == "sigmoid" else "greedy")
-    if method != ("noaux_tc" if scoring == "sigmoid" else "greedy"):
+def _unsupported(own: dict[str, Any], found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, message) of what this project's model has not; `own` as it stands, `found` with the class's defaults."""
+    kind = own_class.OWN_CLASS[own["model_type"]]
+    for key, allowed in (_ONLY | _SCORING[kind]).items():
+        if found.get(key, allowed[0]) not in allowed:
+            only = " or ".join(repr(value) for value in allowed if value is not None)
+            yield key, f"{found[key]!r} is not supported; of a {kind} this model has only {only}"
+    if kind == "deepseek_v2" and found["topk_method"] == "group_limited_greedy" and found["n_group"] != 1:
         yield (
             "topk_method",
-            f"{method!r} with scoring_func {scoring!r} is not supported (sigmoid has noaux_tc, softmax greedy)",
+            "'group_limited_greedy' is not supported unless all groups are taken (topk_group is n_group)",
         )
-    normalised = config.get("norm_topk_prob", scoring == "sigmoid")
-    if bool(normalised) != (scoring == "sigmoid"):
-        yield "norm_topk_prob", f"{normalised} with scoring_func {scoring!r} is not supported"
-    if config.get("num_experts_per_tok") == 1 and scoring == "sigmoid":
+    if found["num_experts_per_tok"] == 1 and found["scoring_func"] == "sigmoid":
         yield "num_experts_per_tok", "1 is not supported: implementations differ on a single expert's gate"
-    yield from _unsupported_rope(config)
-    longest = config.get("max_position_embeddings")
+    yield from _derived(own, found, kind)
+    longest = found["max_position_embeddings"]
     if longest is not None and type(longest) is not int:
         yield "max_position_embeddings", f"must be an integer, got {_show(longest)}"
-    quantisation = config.get("quantization_config")
+    quantisation = own.get("quantization_config")
     if quantisation is not None and not isinstance(quantisation, dict):
         yield "quantization_config", f"must be an object or null, got {_show(quantisation)}"
     elif quantisation and (
@@ -253,36 +231,32 @@ def _unsupported(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
         or quantisation.get("fmt", "e4m3") != "e4m3"
         or quantisation.get("weight_block_size") != [128, 128]
     ):
-        yield "quantization_config", "only FP8 (e4m3) in 128x128 blocks is supported"
+        names = ("quant_method", "quant_algo", "format", "fmt", "weight_block_size")
+        said = ", ".join(f"{name} {_show(quantisation[name])}" for name in names if name in quantisation)
+        yield "quantization_config", f"{said or 'no quant_method'} is not read; {_READABLE}"
 
 
-def _unsupported_rope(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for key in ("rope_parameters", "rope_scaling"):
-        if config.get(key) is not None and not isinstance(config[key], dict):
-            yield key, f"must be an object or null, got {_show(config[key])}"
-    key, rope = _rope_key(config), _rope(config)
-    kind = _rope_type(rope)
-    if kind not in ("default", "yarn"):
-        yield key, f"type {kind!r} is not supported; it must be yarn, or null for plain RoPE"
-    if kind != "yarn":
-        return
-    if not rope.get("factor"):
-        yield key, "yarn without a factor"
-    if rope.get("attention_factor") is not None or rope.get("truncate") is False:
-        yield key, "attention_factor and truncate are not supported"
-    if (rope.get("mscale") is None) != (rope.get("mscale_all_dim") is None):
-        yield key, "mscale and mscale_all_dim must both be there or neither: implementations differ on one alone"
-    elif _zero_mscale(rope):
-        yield key, _ZERO_MSCALE
-    if not (rope.get("original_max_position_embeddings") or config.get("max_position_embeddings")):
-        yield key, "yarn without original_max_position_embeddings, and there is no max_position_embeddings either"
+def _derived(own: dict[str, Any], found: dict[str, Any], kind: str) -> Iterator[tuple[str, str]]:
+    """Keys that say again what others say."""
+    heads, nope, turned = (found[key] for key in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim"))
+    if own.get("num_key_value_heads") not in (None, heads):
+        yield "num_key_value_heads", f"{own['num_key_value_heads']} of {heads} heads is not supported; MLA has all"
+    # transformers' deepseek_v2 does not look at it.
+    if kind == "deepseek_v3" and own.get("head_dim") not in (None, turned):
+        yield "head_dim", f"{own['head_dim']}, but qk_rope_head_dim is {turned}, which it stands for here; remove it"
+    both_ints = type(nope) is int and type(turned) is int
+    if both_ints and own.get("qk_head_dim") not in (None, nope + turned):
+        yield (
+            "qk_head_dim",
+            f"{own['qk_head_dim']}, but qk_nope_head_dim + qk_rope_head_dim is {nope + turned}; remove it",
+        )
 
 
 def derive(config: dict[str, Any], name: str, mtp: int, main_dtype: str) -> dict[str, Any]:
     """Plain values of a recipe for the model of `config.json` with `mtp` MTP modules: a place to start from."""
     model = {**model_of(config, "config.json"), "num_nextn_predict_layers": mtp}
     schedule = {**_STARTING_POINT["schedule"], "mtp_weight": 0.1 if mtp else 0.0}
-    length = min(int(config.get("max_position_embeddings") or _LONGEST_SEQUENCE), _LONGEST_SEQUENCE)
+    length = min(settings(config)["max_position_embeddings"] or _LONGEST_SEQUENCE, _LONGEST_SEQUENCE)
     return {
         "name": name,
         "description": "Derived from config.json; data and schedule are yours to set",
@@ -317,70 +291,3 @@ def _within(key: str, choice: str) -> bool:
 
 def _show(value: Any) -> str:
     return "null" if value is None else json.dumps(value)
-
-
-def config_of(model: Model, mtp: int, sequence_length: int, eos_id: int | None = None) -> dict[str, Any]:
-    """A `config.json` for a model that did not come from one.
-
-    Args:
-        eos_id: the end-of-document token, with which generation begins too; None: not known, left out.
-    """
-    values = model.model_dump()
-    scaling, theta = values.pop("rope_scaling"), values.pop("rope_theta")
-    softmax = model.scoring_func == "softmax"
-    longest = sequence_length
-    if scaling:
-        longest = int(scaling["factor"] * scaling["original_max_position_embeddings"])
-        scaling = {"type": "yarn", **scaling}
-        if (scaling["mscale"], scaling["mscale_all_dim"]) == _NO_MSCALE:
-            del scaling["mscale"], scaling["mscale_all_dim"]
-    return {
-        "architectures": ["DeepseekV2ForCausalLM" if softmax else "DeepseekV3ForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        **({} if eos_id is None else {"bos_token_id": eos_id, "eos_token_id": eos_id}),
-        "hidden_act": "silu",
-        "max_position_embeddings": longest,
-        "model_type": "deepseek_v2" if softmax else "deepseek_v3",
-        "moe_layer_freq": 1,
-        "norm_topk_prob": not softmax,
-        "num_key_value_heads": model.num_attention_heads,
-        "rope_scaling": scaling,
-        "rope_theta": theta,
-        "tie_word_embeddings": False,
-        "topk_method": "greedy" if softmax else "noaux_tc",
-        "use_cache": True,
-        **values,
-        "num_nextn_predict_layers": mtp,
-    }
-
-
-def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """`config.json` for files of `dtype` (fp8, bf16, fp32): `quantization_config` exactly with FP8."""
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    changed = {**config, key: "float32" if dtype == "fp32" else "bfloat16"}
-    if dtype == "fp8":
-        changed["quantization_config"] = config.get("quantization_config") or {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "weight_block_size": [128, 128],
-        }
-    else:
-        changed.pop("quantization_config", None)
-    return changed
-
-
-def changed(model: Model, config: dict[str, Any]) -> dict[str, Any]:
-    """Keys of `config.json` that follow from a model which a recipe has changed since, as its RoPE."""
-    fresh = config_of(model, model.num_nextn_predict_layers, int(config.get("max_position_embeddings") or 0))
-    keys = [key for key in _SAME if key not in ("initializer_range", "num_nextn_predict_layers")]
-    found = {key: fresh[key] for key in keys if key in config or fresh[key] != _WHERE_ABSENT.get(key)}
-    for key in ("rope_theta", "rope_scaling", "max_position_embeddings"):
-        found[key] = fresh[key]
-    if "rope_parameters" in config:
-        found["rope_parameters"] = {
-            "rope_theta": fresh["rope_theta"],
-            **({"rope_type": "yarn", **fresh["rope_scaling"]} if fresh["rope_scaling"] else {"rope_type": "default"}),
-        }
-    return found

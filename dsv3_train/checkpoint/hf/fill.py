@@ -41,7 +41,7 @@ def load_published(path: Path, recipe: Recipe, chunks: list[GPTModel]) -> list[s
     if wrong:
         raise UserError("\n".join(f"{path}: {line}; set what config.json says, or take other files" for line in wrong))
     fill(chunks, find(directory, recipe.model, modules))
-    notes = [line for line in differences if line not in wrong]
+    notes = configs.notes(directory.config) + [line for line in differences if line not in wrong]
     if directory.mtp and not modules:
         notes.append(f"{path}: its MTP is left out, the recipe has none")
     return notes

@@ -13,7 +13,7 @@ import torch
 
 from dsv3_train.checkpoint.directory import step_path
 from dsv3_train.checkpoint.hf import config as configs
-from dsv3_train.checkpoint.hf import origin, work
+from dsv3_train.checkpoint.hf import origin, own_class, work
 from dsv3_train.checkpoint.hf.files import DTYPES, itemsize
 from dsv3_train.checkpoint.hf.published import Directory, find, open_directory
 from dsv3_train.checkpoint.hf.sharded_writer import Part, Placed, finish, write_parts
@@ -91,7 +91,8 @@ def make_plan(
     modules, notes = _mtp(directory, mtp)
     recipe = make_recipe(directory, recipe_ref, overrides, modules, name)
     found = find(directory, recipe.model, modules)
-    if directory.main_dtype != "F8_E4M3" and directory.config.get("quantization_config"):
+    notes += configs.notes(directory.config)
+    if directory.main_dtype != "F8_E4M3" and configs.settings(directory.config).get("quantization_config"):
         notes.append("config.json has a quantization_config, but no tensor is FP8")
     rounded = [one for one in found if one.weight.stored == "fp32" and one.stored.dtype != "F32"]
     if rounded:
@@ -102,14 +103,15 @@ def make_plan(
 def _mtp(directory: Directory, asked: Mtp | None) -> tuple[int, list[str]]:
     """MTP modules to convert."""
     declared, there = directory.declared_mtp, directory.mtp
-    layer = int(directory.config["num_hidden_layers"])
+    layer = int(configs.settings(directory.config)["num_hidden_layers"])
     lacking = f"config.json says num_nextn_predict_layers {declared}, but the files have nothing of layer {layer}"
     if asked == "keep" and not there:
         reason = lacking if declared else "config.json says that there is none"
         raise UserError(f"{directory.path}: no MTP to keep: {reason}; leave --mtp out, or say --mtp drop")
     if asked == "drop":
         return 0, []
-    return there, [f"{lacking}: converted without MTP"] if declared and not there else []
+    said = declared and own_class.says(directory.config, "num_nextn_predict_layers")
+    return there, [f"{lacking}: converted without MTP"] if said and not there else []
 
 
 def make_recipe(directory: Directory, ref: str | None, overrides: Sequence[str], mtp: int, name: str) -> Recipe:

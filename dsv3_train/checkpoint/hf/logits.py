@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from typing import Any
 
@@ -10,12 +11,13 @@ import psutil
 import torch
 
 from dsv3_train.checkpoint.hf import config as configs
+from dsv3_train.checkpoint.hf import own_class
 from dsv3_train.checkpoint.hf.names import weights
 from dsv3_train.checkpoint.hf.sides import Side
 from dsv3_train.checkpoint.hf.verify import Weights
 from dsv3_train.errors import UserError
 from dsv3_train.recipe import load as recipes
-from dsv3_train.recipe.schema import Recipe
+from dsv3_train.recipe.schema import Model, Recipe
 from dsv3_train.runtime import distributed
 from dsv3_train.runtime.launch import launch
 
@@ -97,19 +99,22 @@ def _transformers(side: Weights) -> Any:
     """A function as `_ours` by transformers; None: it is not installed, or has no such model."""
     if side.directory is None or importlib.util.find_spec("transformers") is None:
         return None
-    config = {key: value for key, value in side.directory.config.items() if key != "quantization_config"}
-    kinds = {"deepseek_v3": "DeepseekV3", "kimi_k2": "DeepseekV3"}
-    if config["model_type"] not in kinds:
-        return None  # its DeepseekV2 leaves out the softmax scale of YaRN
     import transformers
 
-    name = kinds[config["model_type"]]
+    own = own_class.language(side.directory.config)
+    config = {key: value for key, value in own.items() if key != "quantization_config" and value is not None}
+    # Absent, the heads of keys are 128 to a deepseek_v3; and what a null of these means, its strict types do not take.
+    config |= {"num_key_value_heads": side.model.num_attention_heads, "n_shared_experts": side.model.n_shared_experts}
+    config |= {"q_lora_rank": side.model.q_lora_rank}
+    name = {"deepseek_v3": "DeepseekV3", "deepseek_v2": "DeepseekV2"}[own_class.OWN_CLASS[own["model_type"]]]
     if not hasattr(transformers, f"{name}ForCausalLM"):
         return None
     settings = getattr(transformers, f"{name}Config").from_dict(config)
     settings._attn_implementation = "eager"
     # Built and filled by hand: `from_pretrained` builds on the meta device, which the patches for Megatron upset.
     model = getattr(transformers, f"{name}ForCausalLM")(settings).float().eval()
+    if not _scales_softmax(model, side.model):
+        return None
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             _put(side.tensors, key, tensor)
@@ -119,6 +124,14 @@ def _transformers(side: Weights) -> Any:
             return model(tokens_1s).logits.float()
 
     return logits
+
+
+def _scales_softmax(model: Any, ours: Model) -> bool:
+    """Whether transformers' model has YaRN's softmax scale: DeepseekV2 of 4.57 leaves it out, of 5.24 not."""
+    scaling = ours.rope_scaling
+    mscale = 0.1 * scaling.mscale_all_dim * math.log(scaling.factor) + 1 if scaling else 1.0
+    expected = (ours.qk_nope_head_dim + ours.qk_rope_head_dim) ** -0.5 * mscale**2
+    return math.isclose(model.model.layers[0].self_attn.scaling, expected, rel_tol=1e-6)
 
 
 def _put(tensors: dict[str, Side], key: str, tensor: torch.Tensor) -> None:

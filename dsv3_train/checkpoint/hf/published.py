@@ -47,14 +47,14 @@ class Directory:
     @property
     def mtp_names(self) -> list[str]:
         """Tensors of MTP modules: of the layers that config.json counts beyond the main model's."""
-        first = int(self.config["num_hidden_layers"])
+        first = int(configs.settings(self.config)["num_hidden_layers"])
         beyond = range(first, first + self.declared_mtp)
         return [name for name in self.tensors if (match := _LAYER.match(name)) and int(match[1]) in beyond]
 
     @property
     def declared_mtp(self) -> int:
-        """MTP modules by config.json; transformers leaves their tensors out and the number in."""
-        return int(self.config.get("num_nextn_predict_layers") or 0)
+        """MTP modules by config.json or its class; transformers leaves their tensors out and the number in."""
+        return int(configs.settings(self.config)["num_nextn_predict_layers"])
 
     @property
     def mtp(self) -> int:

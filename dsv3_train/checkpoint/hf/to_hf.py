@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from dsv3_train.checkpoint.hf import config as configs
-from dsv3_train.checkpoint.hf import fp8, origin, work
+from dsv3_train.checkpoint.hf import config_out, fp8, origin, work
 from dsv3_train.checkpoint.hf.files import DTYPES, Layout, Stored, itemsize, layout, write_at
 from dsv3_train.checkpoint.hf.names import BLOCK, SCALE
 from dsv3_train.checkpoint.hf.origin import Origin
@@ -92,7 +92,7 @@ def make_plan(checkpoint: Path, dtype: Dtype | None, mtp: Mtp | None) -> Plan:
         UserError: checkpoint, its recipe or the options are at fault.
     """
     recipe = recipe_beside(checkpoint)
-    configs.refuse_unwritable(recipe.model, str(checkpoint.parent.parent / "recipe.yaml"))
+    config_out.refuse_unwritable(recipe.model, str(checkpoint.parent.parent / "recipe.yaml"))
     came_from = origin.find(checkpoint)
     notes = [] if came_from else ["no Hugging Face directory is known that this came from: config.json is made anew"]
     side = checkpoint_side(checkpoint, recipe)
@@ -110,6 +110,7 @@ def make_plan(checkpoint: Path, dtype: Dtype | None, mtp: Mtp | None) -> Plan:
     weight_map, index = _placed(names, outputs, came_from)
     tokenizer, eos_id = _tokenizer(recipe, notes) if came_from is None else (None, None)
     config, verbatim = _config(recipe, chosen, modules, came_from, eos_id)
+    notes += configs.notes(config)
     return Plan(
         checkpoint,
         recipe,
@@ -144,7 +145,8 @@ def _tokenizer(recipe: Recipe, notes: list[str]) -> tuple[Path | None, int | Non
 
 
 def _scale_format(came_from: Origin | None) -> str | None:
-    return ((came_from.config.get("quantization_config") or {}) if came_from else {}).get("scale_fmt")
+    quantisation = configs.settings(came_from.config).get("quantization_config") if came_from else None
+    return (quantisation or {}).get("scale_fmt")
 
 
 def _dtype(one: Sharded, dtype: Dtype, came_from: Origin | None) -> str:
@@ -216,18 +218,15 @@ def _config(
 ) -> tuple[dict[str, Any], bool]:
     """config.json, and whether it is the origin's as it stands."""
     if came_from is None:
-        fresh = configs.config_of(recipe.model, mtp, recipe.training.sequence_length, eos_id)
-        return configs.with_dtype(fresh, dtype), False
-    config = dict(came_from.config)
+        fresh = config_out.config_of(recipe.model, mtp, recipe.training.sequence_length, eos_id)
+        return config_out.with_dtype(fresh, dtype), False
+    config = came_from.config
     same = came_from.main_dtype == MAIN[dtype] and came_from.mtp == mtp
     stale = configs.contradictions(recipe, config, recipe.model.num_nextn_predict_layers)
-    if same and not stale and bool(config.get("quantization_config")) == (dtype == "fp8"):
+    quantised = bool(configs.settings(config).get("quantization_config"))
+    if same and not stale and quantised == (dtype == "fp8"):
         return config, True
-    if came_from.mtp != mtp:
-        config["num_nextn_predict_layers"] = mtp
-    if stale:
-        config |= configs.changed(recipe.model, config)
-    return configs.with_dtype(config, dtype), False
+    return config_out.updated(config, recipe.model, mtp if came_from.mtp != mtp else None, dtype), False
 
 
 def convert(plan: Plan, target: Path, workers: int | None, progress: Progress) -> dict[str, Any]:
