@@ -62,6 +62,7 @@ def from_hf(
         return
     with progress() as report:
         done = work.convert(plan, Path(target), workers, report)
+    _notes(done["notes"][len(plan.notes) :])
     _print(done, as_json, "Converted")
 
 

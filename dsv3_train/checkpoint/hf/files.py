@@ -20,23 +20,28 @@ import torch
 from dsv3_train.errors import UserError
 
 DTYPES = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
     "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""The format's names of types. Anything else in a file is refused."""
+"""The format's names of types, in the library's order within a file: wider types first, then by name."""
+PACKED = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+"""Bits of the format's types that are narrower than a byte: named in a header, never read."""
 _LARGEST_HEADER = 100_000_000  # bytes; the library's own bound
-_ORDER = ("F32", "BF16", "F8_E4M3")
-"""The library's order within a file: wider types first, then by name."""
+_ORDER = tuple(DTYPES)
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Stored:
     @property
     def nbytes(self) -> int:
         """Its size in bytes."""
-        return prod(self.shape) * itemsize(self.dtype)
+        return prod(self.shape) * (PACKED.get(self.dtype) or 8 * itemsize(self.dtype)) // 8
 
     def read(self, first: int = 0, last: int | None = None) -> torch.Tensor:
         """Rows `first` to `last` (of a vector: values), mapped from the file; the pages go with the tensor."""
@@ -108,7 +113,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 def _stored(path: Path, name: str, entry: Any, start: int) -> Stored:
     dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if dtype not in DTYPES:
+    if dtype not in DTYPES and dtype not in PACKED:
         raise ValueError(f"{name} has the unknown type {dtype}")
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
         raise ValueError(f"{name} has no possible shape or place")
