@@ -11,7 +11,6 @@ from dsv3_train.checkpoint.hf import fp8
 from dsv3_train.checkpoint.hf.names import BLOCK
 from dsv3_train.checkpoint.hf.sides import Published
 
-
 _BLOCKS = 16
 """That tell a rule, at least: a row of them in DeepSeek-V3, more of narrower weights."""
 
