@@ -189,6 +189,35 @@ def test_norms_in_fp32_beside_bf16(plain, tmp_path):
     assert all(torch.equal(bits(back[name]), bits(contents[name])) for name in contents)
 
 
+def test_files_of_another_writer(plain, tmp_path, monkeypatch):
+    """Without metadata, and in an order of its own: the header is kept, and one file stays one."""
+    monkeypatch.setattr(to_hf, "_LARGEST_FILE", 1 << 16)
+    source = hf_models.copy(plain, tmp_path / "hf")
+    header, data = {}, b""
+    for name, tensor in sorted(hf_models.tensors(source).items(), reverse=True):
+        dtype = {torch.float32: "F32", torch.bfloat16: "BF16"}[tensor.dtype]
+        raw = bits(tensor).numpy().tobytes()
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    (source / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    convert_in(source, tmp_path / "run")
+    convert_out(tmp_path / "run", tmp_path / "back")
+    assert filecmp.cmp(source / "model.safetensors", tmp_path / "back" / "model.safetensors", shallow=False)
+    plan = to_hf.make_plan(resolve(tmp_path / "run"), "fp8", None)  # of other tensors, which the header is not for
+    to_hf.convert(plan, tmp_path / "fp8", 1, lambda *_: None)
+    assert len(hf_models.tensors(tmp_path / "fp8")) > len(header)
+
+
+def test_an_index_without_a_size(plain, tmp_path):
+    source = directory(plain, tmp_path / "hf", "largest / 448")
+    file = source / "model.safetensors.index.json"
+    file.write_text(json.dumps({"metadata": {}, "weight_map": json.loads(file.read_text())["weight_map"]}))
+    convert_in(source, tmp_path / "run")
+    convert_out(tmp_path / "run", tmp_path / "back")
+    assert filecmp.cmp(file, tmp_path / "back" / file.name, shallow=False)
+
+
 def test_what_is_kept_is_of_another_model(plain, tmp_path):
     source = directory(plain, tmp_path / "hf", "largest / 448")
     convert_in(source, tmp_path / "run")

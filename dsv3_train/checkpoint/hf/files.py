@@ -88,19 +88,9 @@ def read_header(path: Path) -> dict[str, Stored]:
     Raises:
         UserError: cut short, or no safetensors file.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(_LARGEST_HEADER, size - 8):
-            raise UserError(f"{path}: no safetensors file, or cut short in its header; fetch it again")
-        text = file.read(length)
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        tensors = {name: _stored(path, name, entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: its header is no safetensors header ({error}); fetch it again") from None
-    end = 8 + length
+    size, text = path.stat().st_size, header_text(path)
+    tensors = _tensors(path, text)
+    end = 8 + len(text)
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].begin):
         if tensor.begin != end:
             raise UserError(f"{path}: {name} begins at byte {tensor.begin}, not {end}, where the one before ends")
@@ -109,6 +99,29 @@ def read_header(path: Path) -> dict[str, Stored]:
         what = "cut short" if size < end else "longer than its header says"
         raise UserError(f"{path}: {what}: {size:,} bytes, and its header speaks of {end:,}; fetch it again")
     return tensors
+
+
+def header_text(path: Path) -> bytes:
+    """A file's header as it stands, its length before it apart.
+
+    Raises:
+        UserError: cut short, or no safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(_LARGEST_HEADER, size - 8):
+            raise UserError(f"{path}: no safetensors file, or cut short in its header; fetch it again")
+        return file.read(length)
+
+
+def _tensors(path: Path, text: bytes) -> dict[str, Stored]:
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        return {name: _stored(path, name, entry, 8 + len(text)) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: its header is no safetensors header ({error}); fetch it again") from None
 
 
 def _stored(path: Path, name: str, entry: Any, start: int) -> Stored:
@@ -132,8 +145,18 @@ class Layout:
     size: int
 
 
-def layout(path: Path, contents: Mapping[str, tuple[str, tuple[int, ...]]]) -> Layout:
-    """The file that the safetensors library would write of `contents` (name -> type, shape), byte for byte."""
+def layout(path: Path, contents: Mapping[str, tuple[str, tuple[int, ...]]], header_was: str | None = None) -> Layout:
+    """The file that the safetensors library would write of `contents` (name -> type, shape), byte for byte.
+
+    Args:
+        header_was: of another writer's file, in whose order and words this is to be if it has the same tensors.
+    """
+    if header_was is not None:
+        known = _tensors(path, header_was.encode())
+        if {name: (stored.dtype, stored.shape) for name, stored in known.items()} == contents:
+            text = header_was.encode()
+            end = 8 + len(text) + sum(stored.nbytes for stored in known.values())
+            return Layout(len(text).to_bytes(8, "little") + text, known, end)
     names = sorted(contents, key=lambda name: (_ORDER.index(contents[name][0]), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0

@@ -20,7 +20,7 @@ from typing import Any
 from dsv3_train.checkpoint.directory import resolve
 from dsv3_train.checkpoint.hf import config as configs
 from dsv3_train.checkpoint.hf import kept, language
-from dsv3_train.checkpoint.hf.files import Stored
+from dsv3_train.checkpoint.hf.files import Stored, header_text, layout
 from dsv3_train.checkpoint.hf.fp8 import Rule
 from dsv3_train.checkpoint.hf.names import SCALE, Weight
 from dsv3_train.checkpoint.hf.published import INDEX, Directory, absent_copies, open_directory, present
@@ -57,6 +57,10 @@ class Origin:
     """Before the names of the model's tensors."""
     beside: dict[str, str] = field(default_factory=dict)
     """Tensors that are no weights of the model: name in the files -> what it is."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Of files that are written otherwise than the safetensors library writes them: file -> its header."""
+    nbytes: int | None = None
+    """Of all tensors; None: not known of what earlier versions kept."""
     absent: frozenset[str] = frozenset()
     """MTP's copies that the files left out."""
     rules: dict[str, Rule | None] = field(default_factory=dict)
@@ -95,6 +99,22 @@ def _to_keep(directory: Directory, found: Iterable[Published]) -> dict[str, Stor
     return tensors | {directory.published_name(name): directory.tensors[name] for name in directory.beside}
 
 
+def _nbytes(directory: Directory) -> int:
+    return sum(tensor.nbytes for tensor in directory.tensors.values())
+
+
+def _headers(directory: Directory) -> dict[str, str]:
+    contents: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
+    for name, tensor in directory.tensors.items():
+        contents.setdefault(tensor.file, {})[directory.published_name(name)] = (tensor.dtype, tensor.shape)
+    texts = {file: header_text(Path(file)) for file in contents}
+    return {
+        Path(file).name: text.decode()
+        for file, text in texts.items()
+        if layout(Path(file), contents[file]).header[8:] != text
+    }
+
+
 def keep(
     directory: Directory, found: list[Published], absent: list[str], looked: Mapping[str, Looked], to: Path
 ) -> None:
@@ -112,6 +132,8 @@ def keep(
         "exceptions": exceptions(directory, found),
         "prefix": directory.prefix,
         "beside": {directory.published_name(name): kind for name, kind in directory.beside.items()},
+        "headers": _headers(directory),
+        "nbytes": _nbytes(directory),
         "absent": absent,
         "rules": {"usual": usual, "others": {name: rule for name, rule in rules.items() if rule != usual}},
     }
@@ -203,6 +225,8 @@ def _kept(folder: Path) -> Origin:
             facts["exceptions"],
             facts.get("prefix", ""),
             facts.get("beside", {}),
+            facts.get("headers", {}),
+            facts.get("nbytes"),
             frozenset(facts.get("absent", ())),
             {name: Rule(*rule) if rule else None for name, rule in (rules | said["others"]).items()},
         )
@@ -227,5 +251,7 @@ def _directory(path: Path) -> Origin | None:
         exceptions(directory, found),
         directory.prefix,
         {directory.published_name(name): kind for name, kind in directory.beside.items()},
+        _headers(directory),
+        _nbytes(directory),
         frozenset(absent_copies(directory, model, directory.mtp)),
     )

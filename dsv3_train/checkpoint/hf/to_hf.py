@@ -133,7 +133,7 @@ def make_plan(checkpoint: Path, dtype: Dtype | None, mtp: Mtp | None) -> Plan:
     others = _beside(came_from, mtp)
     described = {name: tensor for output in made for name, tensor in _tensors(output).items()}
     described |= {name: (stored.dtype, stored.shape) for name, stored in others.items()}
-    weight_map, index = _placed(described, came_from)
+    weight_map, index = _placed(described, came_from, came_from is not None and came_from.main_dtype == MAIN[chosen])
     tokenizer, eos_id = _tokenizer(recipe, notes) if came_from is None else (None, None)
     config, verbatim = _config(recipe, chosen, modules, came_from, eos_id)
     return Plan(
@@ -227,12 +227,16 @@ def _nbytes(described: Described) -> int:
     return prod(shape) * itemsize(dtype)
 
 
-def _placed(described: dict[str, Described], came_from: Origin | None) -> tuple[dict[str, str], dict[str, Any] | None]:
+def _placed(
+    described: dict[str, Described], came_from: Origin | None, same_type: bool
+) -> tuple[dict[str, str], dict[str, Any] | None]:
     """Each tensor's file, and the index: the origin's where it has the same tensors, else in order."""
     total = sum(map(_nbytes, described.values()))
     index = came_from.index if came_from else None
     if index is not None and set(index["weight_map"]) == set(described):
         weight_map = {name: index["weight_map"][name] for name in described}
+        if came_from is not None and came_from.nbytes == total:
+            return weight_map, index  # whatever it says of sizes, or nothing
         metadata = {**index.get("metadata", {}), "total_size": total}
         return weight_map, {**index, "metadata": metadata}
     groups: list[list[str]] = []
@@ -244,7 +248,7 @@ def _placed(described: dict[str, Described], came_from: Origin | None) -> tuple[
             size = 0
         groups[-1].append(name)
         size += nbytes
-    if len(groups) == 1:
+    if len(groups) == 1 or (same_type and index is None):  # as large as it may be, it came in one file
         return dict.fromkeys(described, SINGLE), None
     weight_map = {
         name: f"model-{number:05d}-of-{len(groups):05d}.safetensors"
@@ -282,13 +286,16 @@ def convert(plan: Plan, target: Path, workers: int | None, progress: Progress) -
         UserError: the checkpoint is damaged, the disk is full, or TARGET cannot be written.
     """
     files = sorted(set(plan.weight_map.values()))
+    headers = plan.origin.headers if plan.origin else {}
     units = []
     for number, file in enumerate(files):
         contents = plan.contents(file)
         names = dict.fromkeys(name.removesuffix(SCALE) for name in contents if name not in plan.beside)
         outputs = [plan.outputs[name] for name in names]
         others = {name: plan.beside[name] for name in contents if name in plan.beside}
-        units.append(Unit(number, sum(map(_nbytes, contents.values())), (file, contents, outputs, others)))
+        units.append(
+            Unit(number, sum(map(_nbytes, contents.values())), (file, contents, outputs, others, headers.get(file)))
+        )
     total = sum(unit.nbytes for unit in units)
     changed = (plan.checkpoint / ".metadata").stat().st_mtime_ns
     fingerprint = [str(plan.checkpoint), changed, plan.dtype, plan.mtp, plan.weight_map]
@@ -317,12 +324,17 @@ def _write_others(plan: Plan, where: Path) -> None:
 
 
 def write_file(
-    where: str, name: str, contents: dict[str, Described], outputs: list[Output], others: dict[str, Stored]
+    where: str,
+    name: str,
+    contents: dict[str, Described],
+    outputs: list[Output],
+    others: dict[str, Stored],
+    header: str | None,
 ) -> int:
     """Write one safetensors file under another name, then give it its own; its size in bytes."""
     torch.set_num_threads(1)
     final = Path(where, name)
-    plan = layout(final, contents)
+    plan = layout(final, contents, header)
     unfinished = final.with_name(name + ".part")
     with unfinished.open("wb", buffering=0) as file:
         descriptor = file.fileno()
