@@ -232,6 +232,11 @@ def test_what_is_kept_is_of_another_model(plain, tmp_path):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"kept\.safetensors: cut short"):
         convert_out(tmp_path / "run", tmp_path / "back")
+    file.unlink()
+    with pytest.raises(
+        UserError, match=r"damaged \(.*No such file.*kept\.safetensors.*\); remove .*hf to export without"
+    ):
+        convert_out(tmp_path / "run", tmp_path / "back")
 
 
 def test_checkpoints_made_before_scales_were_kept(plain, tmp_path):

@@ -152,3 +152,9 @@ def test_files_that_contradict_the_recipe(begun, tmp_path):
     assert load_published(files, load(str(run / "recipe.yaml"), ["model.rope_theta=5e5"]), []) == [
         "model.rope_theta: 500000.0 in the recipe, 10000.0 in config.json"
     ]
+    hf_models.plain(tmp_path / "uncounted", mtp=1)
+    hf_models.rewrite(tmp_path / "uncounted", hf_models.tensors(tmp_path / "uncounted"), num_nextn_predict_layers=0)
+    with pytest.raises(
+        UserError, match=r"config\.json: num_nextn_predict_layers: 0, but the files have MTP in layer 2"
+    ):
+        load_published(tmp_path / "uncounted", load(str(run / "recipe.yaml")), [])

@@ -206,7 +206,7 @@ def convert(plan: Plan, target: Path, workers: int | None, progress: Progress) -
         UserError: a file is damaged, the disk is full, or TARGET cannot be written.
     """
     units = [Unit(i, sum(map(_nbytes, file)), (i, file)) for i, file in enumerate(plan.files)]
-    fingerprint = [_fingerprint(plan), [[asdict(block.part) for block in file] for file in plan.files]]
+    fingerprint = ["with scales", _fingerprint(plan), [[asdict(block.part) for block in file] for file in plan.files]]
     with work.unfinished(target, fingerprint) as where:
         checkpoint = step_path(where / "checkpoints", 0)
         checkpoint.mkdir(parents=True, exist_ok=True)

@@ -28,12 +28,13 @@ def write(folder: Path, tensors: Mapping[str, Stored]) -> None:
 
 
 def read(folder: Path) -> dict[str, Stored]:
-    """What `folder` keeps, by name; nothing of a checkpoint that was made before scales were kept.
+    """What `folder` keeps, by name.
 
     Raises:
         UserError: the file is damaged.
+        OSError: it is missing.
     """
-    return read_header(folder / FILE) if (folder / FILE).is_file() else {}
+    return read_header(folder / FILE)
 
 
 def copy(stored: Stored, descriptor: int, position: int) -> None:

@@ -211,8 +211,9 @@ def _kept(folder: Path) -> Origin:
         whole = configs.read(folder)
         config = language.part(whole)
         configs.model_of(config, str(folder / "config.json"))
-        tensors = kept.read(folder)
-        said = facts.get("rules", {"usual": None, "others": {}})  # absent from what earlier versions kept
+        # Earlier versions kept no tensors, and knew no rules.
+        tensors = kept.read(folder) if "rules" in facts else {}
+        said = facts.get("rules", {"usual": None, "others": {}})
         names = [name for name in tensors if name.endswith(SCALE)]
         rules = {name.removeprefix(facts.get("prefix", "")).removesuffix(SCALE): said["usual"] for name in names}
         return Origin(

@@ -298,7 +298,7 @@ def convert(plan: Plan, target: Path, workers: int | None, progress: Progress) -
         )
     total = sum(unit.nbytes for unit in units)
     changed = (plan.checkpoint / ".metadata").stat().st_mtime_ns
-    fingerprint = [str(plan.checkpoint), changed, plan.dtype, plan.mtp, plan.weight_map]
+    fingerprint = ["with scales", str(plan.checkpoint), changed, plan.dtype, plan.mtp, plan.weight_map]
     with work.unfinished(target, fingerprint) as where:
         work.run(where, write_file, units, work.worker_count(workers, total), progress, "converting")
         _write_others(plan, where)
