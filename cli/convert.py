@@ -84,7 +84,7 @@ def to_hf(
     """Write a checkpoint as transformers and inference engines read it: safetensors, index, config.json, tokenizer.
 
     FP8 stores the linear layers in 128x128 blocks. One that training left alone gets the scale that it came with;
-    others get one by the rule of the files that they came from (`from-hf` says which), else amax / 448 as DeepSeek-V3's.
+    others get one by the rule of the files that they came from (`from-hf` says which), else amax / 448.
 
     Example: dsv3 convert to-hf runs/v3 models/mine --dtype fp8
     """
