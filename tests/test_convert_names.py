@@ -100,9 +100,10 @@ def test_fp8_scales():
     weight[128:] = torch.linspace(-3, 5, 128)
     _, scales = fp8.quantise(weight)
     assert scales.tolist() == [[1.0], [float(torch.tensor(5.0) / 448)]]
-    _, scales = fp8.quantise(weight, powers_of_two=True)
+    powers = fp8.Rule(mantissa=0.5)
+    _, scales = fp8.quantise(weight, powers)
     assert scales.tolist() == [[1.0], [2.0**-6]]
-    codes, again = fp8.quantise(fp8.dequantise(*fp8.quantise(weight, powers_of_two=True)), powers_of_two=True)
+    codes, again = fp8.quantise(fp8.dequantise(*fp8.quantise(weight, powers)), powers)
     assert torch.equal(again, scales)
     assert float(fp8.dequantise(codes, again)[200, 127]) == 5.0
 

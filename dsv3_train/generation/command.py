@@ -52,7 +52,7 @@ def run(checkpoint: Path, overrides: list[str], request: Request) -> None:
             "parallel: generation spreads over experts only; set parallel.expert and parallel.world_size alone"
         )
     carried = checkpoint.parent.parent / FOLDER / "tokenizer.json"  # of the files that it was converted from
-    own = recipe.data.tokenizer or not carried.is_file()
+    own = recipe.data.tokenizer or recipe.data.train or recipe.data.prepare or not carried.is_file()
     tokenizer = Tokenizer.load(tokenizer_path(recipe) if own else carried)
     device = distributed.device_of(recipe)
     distributed.prepare_import(device)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dsv3_train.checkpoint.directory import complete, resolve
-from dsv3_train.checkpoint.hf.fill import load_published
+from dsv3_train.checkpoint.hf.fill import carry, load_published
 from dsv3_train.checkpoint.hf.origin import PREFIX
 from dsv3_train.checkpoint.load import begin_from_weights, load_training, newest, refuse_damaged, refuse_rounded_masters
 from dsv3_train.checkpoint.state import Position
@@ -50,6 +50,7 @@ class Resume:
             for note in self._published(Path(begin.removeprefix(PREFIX))):
                 told(note)
             return Position()
+        begun = path is None and begin is not None
         if path is None and begin:
             path = self._resolved(Path(begin))
             if self.recipe.checkpoint.verify:
@@ -59,6 +60,8 @@ class Resume:
         position, notes = self.load(path)
         for note in notes:
             told(note)
+        if begun:
+            carry(path, self.run_dir)
         return position
 
     @staticmethod
@@ -98,5 +101,5 @@ class Resume:
     def _published(self, path: Path) -> list[str]:
         """Begin from the weights of a Hugging Face directory."""
         refuse_rounded_masters(self.recipe, path)
-        notes = load_published(path, self.recipe, self.trainer.models)
+        notes = load_published(path, self.recipe, self.trainer.models, self.run_dir)
         return [f"began from {path}", *notes, *begin_from_weights(self.trainer.optimizer, self.ema)]

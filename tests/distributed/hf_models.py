@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,41 @@ def save(path: Path, *, dtype: torch.dtype = torch.float32, shard: str = "300KB"
     return model
 
 
+def plain(path: Path, dtype: torch.dtype = torch.bfloat16, mtp: int = 0, shards: int = 1, **changes: Any) -> None:
+    """A directory of random tensors without transformers, by the project's own table of names: for tests of bytes."""
+    from dsv3_train.checkpoint.hf import config as configs
+    from dsv3_train.checkpoint.hf.names import weights
+
+    settings = {
+        **SMALL,
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": 2,
+        "n_routed_experts": 8,
+        "norm_topk_prob": True,
+        "num_nextn_predict_layers": mtp,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "torch_dtype": "float32" if dtype == torch.float32 else "bfloat16",
+        **changes,
+    }
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(settings))
+    generator, contents, originals = torch.Generator().manual_seed(0), {}, {}
+    expected = weights(configs.model(settings, "config.json"), mtp)
+    for weight in sorted(expected, key=lambda weight: weight.copy):
+        values = torch.randn(weight.shape, generator=generator) * 0.05 + ("norm" in weight.name)
+        contents[weight.name] = values if weight.stored == "fp32" else values.to(dtype)
+        if weight.copy:
+            contents[weight.name] = originals[weight.key].clone()
+        originals[weight.key] = contents[weight.name]
+    rewrite(path, contents, shards)
+
+
 def tensors(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a directory, by the library that writes them."""
     from safetensors.torch import load_file
@@ -116,13 +152,25 @@ def add_mtp(path: Path, shards: int = 1) -> dict[str, torch.Tensor]:
     return contents
 
 
-def to_fp8(path: Path, shards: int = 3) -> dict[str, torch.Tensor]:
-    """Store the linear layers of attention and FFN as DeepSeek-V3's files do, by a plain quantiser; all tensors."""
+def by_largest(block: torch.Tensor, name: str) -> torch.Tensor:
+    """The report's scale of a block."""
+    return block.abs().max() / 448
+
+
+def to_fp8(
+    path: Path, shards: int = 3, scale: Callable[[torch.Tensor, str], torch.Tensor] = by_largest, **more: str
+) -> dict[str, torch.Tensor]:
+    """Store the linear layers of attention and FFN as DeepSeek-V3's files do, by a plain quantiser; all tensors.
+
+    Args:
+        scale: of a block [128, 128] of the weight of a name.
+        more: of `quantization_config`.
+    """
     contents: dict[str, torch.Tensor] = {}
     for name, tensor in tensors(path).items():
         linear = tensor.dim() == 2 and "layers" in name and "proj" in name and "eh_proj" not in name
         if linear:
-            contents[name], contents[f"{name}_scale_inv"] = quantise(tensor.float())
+            contents[name], contents[f"{name}_scale_inv"] = quantise(tensor.float(), scale, name)
         else:
             contents[name] = tensor if name.endswith("bias") else tensor.bfloat16()
     quantisation = {
@@ -130,6 +178,7 @@ def to_fp8(path: Path, shards: int = 3) -> dict[str, torch.Tensor]:
         "fmt": "e4m3",
         "quant_method": "fp8",
         "weight_block_size": [128, 128],
+        **more,
     }
     settings = json.loads((path / "config.json").read_text())
     key = "dtype" if "dtype" in settings else "torch_dtype"
@@ -137,7 +186,7 @@ def to_fp8(path: Path, shards: int = 3) -> dict[str, torch.Tensor]:
     return contents
 
 
-def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise(weight: torch.Tensor, scale: Callable = by_largest, name: str = "") -> tuple[torch.Tensor, torch.Tensor]:
     """Block by block, in loops: what the project's own is compared with."""
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
@@ -145,7 +194,7 @@ def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     for i in range(scales.size(0)):
         for j in range(scales.size(1)):
             place = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
-            scales[i, j] = weight[place].abs().max() / 448
+            scales[i, j] = scale(weight[place], name)
             codes[place] = (weight[place] / scales[i, j]).to(torch.float8_e4m3fn)
     return codes, scales
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from dsv3_train.checkpoint.directory import resolve
 from dsv3_train.checkpoint.hf import from_hf, to_hf
 from dsv3_train.checkpoint.hf.sharded import Checkpoint
 from dsv3_train.data.prepare import prepare
-from dsv3_train.recipe.load import load
+from dsv3_train.recipe.load import dump, load
 from dsv3_train.recipe.schema import Prepare
 from dsv3_train.runtime import distributed
 from parity import in_processes
@@ -41,6 +42,22 @@ def begun(tmp_path_factory) -> tuple[Path, Path, str]:
     return where / "hf", where / "run", str(where / "data")
 
 
+def train(recipe, run_dir: Path) -> None:
+    """A run as `dsv3 train` starts it, its recipe beside it."""
+
+    def on_rank() -> None:
+        from dsv3_train.training.run import Run
+        from dsv3_train.training.startup import Startup
+
+        distributed.start(recipe, "cpu")
+        Run(recipe, run_dir, "cpu", Startup()).train()
+        distributed.stop()
+
+    run_dir.mkdir()
+    in_processes(on_rank, recipe.parallel.world_size)
+    (run_dir / "recipe.yaml").write_text(dump(recipe))
+
+
 @pytest.mark.parametrize(("source", "layout"), [("hf", "pp2_ep2"), ("run", "one")])
 def test_begin(begun, tmp_path, source, layout):
     """One step with learning rate 0: the log says what began afresh, averages are the weights, the files come back."""
@@ -60,19 +77,7 @@ def test_begin(begun, tmp_path, source, layout):
         ],
     )
 
-    def on_rank() -> None:
-        from dsv3_train.training.run import Run
-        from dsv3_train.training.startup import Startup
-
-        distributed.start(recipe, "cpu")
-        Run(recipe, tmp_path / "trained", "cpu", Startup()).train()
-        distributed.stop()
-
-    (tmp_path / "trained").mkdir()
-    in_processes(on_rank, recipe.parallel.world_size)
-    (tmp_path / "trained" / "recipe.yaml").write_text(
-        (run / "recipe.yaml").read_text().replace("  load: null\n", f"  load: {load_from}\n")
-    )
+    train(recipe, tmp_path / "trained")
     log = (tmp_path / "trained" / "log.txt").read_text()
     assert "optimizer and schedules begin afresh" in log
     assert str(files if source == "hf" else run) in log
@@ -88,6 +93,45 @@ def test_begin(begun, tmp_path, source, layout):
     names = sorted(file.name for file in files.iterdir())
     assert names == sorted(file.name for file in (tmp_path / "back").iterdir())
     assert all(filecmp.cmp(files / name, tmp_path / "back" / name, shallow=False) for name in names)
+
+
+@pytest.mark.parametrize(("source", "layout"), [("hf", "pp2_ep2"), ("run", "one")])
+def test_fp8_comes_back_with_its_source_gone(begun, tmp_path, source, layout):
+    """Trained in BF16 with learning rate 0, in two runs, one begun from the other: as it was, norms in FP32 too."""
+    hf_models.plain(tmp_path / "hf", mtp=1, vocab_size=512, num_hidden_layers=4, n_routed_experts=16)
+    hf_models.to_fp8(tmp_path / "hf", scale=lambda block, name: 1.3 * block.abs().max() / 448)
+    contents = hf_models.tensors(tmp_path / "hf")
+    for name in contents:
+        if "norm" in name:
+            contents[name] = contents[name].float() + 1e-4
+    contents["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.rand(4)
+    hf_models.rewrite(tmp_path / "hf", contents, 2)
+    (tmp_path / "hf" / "tokenizer_config.json").write_text("{}")
+    hf_models.copy(tmp_path / "hf", tmp_path / "kept")
+    plan = from_hf.make_plan(tmp_path / "hf", None, [], None, None, "small")
+    from_hf.convert(plan, tmp_path / "run", 1, lambda *_: None)
+    load_from = f"hf:{tmp_path / 'hf'}" if source == "hf" else str(tmp_path / "run")
+    settings = [
+        *LAYOUTS[layout],
+        "runtime={device: cpu}",
+        f"data={{train: [{{path: {begun[2]}}}], workers: 0}}",
+        "schedule.lr=0",
+        "logging.tensorboard=false",
+    ]
+    for steps, name, begin in ((1, "first", load_from), (2, "second", str(tmp_path / "first"))):
+        duration = f"training={{duration: {steps} steps, sequence_length: 32}}"
+        overrides = [*settings, duration, f"checkpoint.load={begin}", f"runtime.run_dir={tmp_path / name}"]
+        train(load(str(tmp_path / "run" / "recipe.yaml"), overrides), tmp_path / name)
+    log = (tmp_path / "first" / "log.txt").read_text()
+    assert ("1 frequencies of RoPE" in log and "FP8 scales are kept" in log) == (source == "hf")
+    for gone in ("hf", "run", "first"):
+        shutil.rmtree(tmp_path / gone)
+    saved = Checkpoint(resolve(tmp_path / "second"))
+    assert saved.tensors["decoder.final_layernorm.weight"].dtype == "BF16"
+    to_hf.convert(to_hf.make_plan(resolve(tmp_path / "second"), None, None), tmp_path / "back", 1, lambda *_: None)
+    names = sorted(file.name for file in (tmp_path / "kept").iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "back").iterdir())
+    assert [n for n in names if not filecmp.cmp(tmp_path / "kept" / n, tmp_path / "back" / n, shallow=False)] == []
 
 
 def test_files_that_contradict_the_recipe(begun, tmp_path):
@@ -108,3 +152,9 @@ def test_files_that_contradict_the_recipe(begun, tmp_path):
     assert load_published(files, load(str(run / "recipe.yaml"), ["model.rope_theta=5e5"]), []) == [
         "model.rope_theta: 500000.0 in the recipe, 10000.0 in config.json"
     ]
+    hf_models.plain(tmp_path / "uncounted", mtp=1)
+    hf_models.rewrite(tmp_path / "uncounted", hf_models.tensors(tmp_path / "uncounted"), num_nextn_predict_layers=0)
+    with pytest.raises(
+        UserError, match=r"config\.json: num_nextn_predict_layers: 0, but the files have MTP in layer 2"
+    ):
+        load_published(tmp_path / "uncounted", load(str(run / "recipe.yaml")), [])

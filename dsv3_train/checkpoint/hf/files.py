@@ -20,23 +20,28 @@ import torch
 from dsv3_train.errors import UserError
 
 DTYPES = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
     "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""The format's names of types. Anything else in a file is refused."""
+"""The format's names of types, in the library's order within a file: wider types first, then by name."""
+PACKED = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+"""Bits of the format's types that are narrower than a byte: named in a header, never read."""
 _LARGEST_HEADER = 100_000_000  # bytes; the library's own bound
-_ORDER = ("F32", "BF16", "F8_E4M3")
-"""The library's order within a file: wider types first, then by name."""
+_ORDER = tuple(DTYPES)
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Stored:
     @property
     def nbytes(self) -> int:
         """Its size in bytes."""
-        return prod(self.shape) * itemsize(self.dtype)
+        return prod(self.shape) * (PACKED.get(self.dtype) or 8 * itemsize(self.dtype)) // 8
 
     def read(self, first: int = 0, last: int | None = None) -> torch.Tensor:
         """Rows `first` to `last` (of a vector: values), mapped from the file; the pages go with the tensor."""
@@ -83,19 +88,9 @@ def read_header(path: Path) -> dict[str, Stored]:
     Raises:
         UserError: cut short, or no safetensors file.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(_LARGEST_HEADER, size - 8):
-            raise UserError(f"{path}: no safetensors file, or cut short in its header; fetch it again")
-        text = file.read(length)
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        tensors = {name: _stored(path, name, entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: its header is no safetensors header ({error}); fetch it again") from None
-    end = 8 + length
+    size, text = path.stat().st_size, header_text(path)
+    tensors = _tensors(path, text)
+    end = 8 + len(text)
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].begin):
         if tensor.begin != end:
             raise UserError(f"{path}: {name} begins at byte {tensor.begin}, not {end}, where the one before ends")
@@ -106,9 +101,32 @@ def read_header(path: Path) -> dict[str, Stored]:
     return tensors
 
 
+def header_text(path: Path) -> bytes:
+    """A file's header as it stands, its length before it apart.
+
+    Raises:
+        UserError: cut short, or no safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(_LARGEST_HEADER, size - 8):
+            raise UserError(f"{path}: no safetensors file, or cut short in its header; fetch it again")
+        return file.read(length)
+
+
+def _tensors(path: Path, text: bytes) -> dict[str, Stored]:
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        return {name: _stored(path, name, entry, 8 + len(text)) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: its header is no safetensors header ({error}); fetch it again") from None
+
+
 def _stored(path: Path, name: str, entry: Any, start: int) -> Stored:
     dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if dtype not in DTYPES:
+    if dtype not in DTYPES and dtype not in PACKED:
         raise ValueError(f"{name} has the unknown type {dtype}")
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
         raise ValueError(f"{name} has no possible shape or place")
@@ -127,8 +145,18 @@ class Layout:
     size: int
 
 
-def layout(path: Path, contents: Mapping[str, tuple[str, tuple[int, ...]]]) -> Layout:
-    """The file that the safetensors library would write of `contents` (name -> type, shape), byte for byte."""
+def layout(path: Path, contents: Mapping[str, tuple[str, tuple[int, ...]]], header_was: str | None = None) -> Layout:
+    """The file that the safetensors library would write of `contents` (name -> type, shape), byte for byte.
+
+    Args:
+        header_was: of another writer's file, in whose order and words this is to be if it has the same tensors.
+    """
+    if header_was is not None:
+        known = _tensors(path, header_was.encode())
+        if {name: (stored.dtype, stored.shape) for name, stored in known.items()} == contents:
+            text = header_was.encode()
+            end = 8 + len(text) + sum(stored.nbytes for stored in known.values())
+            return Layout(len(text).to_bytes(8, "little") + text, known, end)
     names = sorted(contents, key=lambda name: (_ORDER.index(contents[name][0]), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -10,10 +10,12 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 
+from dsv3_train.checkpoint.hf import beside, origin
 from dsv3_train.checkpoint.hf import config as configs
 from dsv3_train.checkpoint.hf.names import BLOCK
-from dsv3_train.checkpoint.hf.published import find, open_directory
-from dsv3_train.checkpoint.hf.sides import Side
+from dsv3_train.checkpoint.hf.published import Directory, absent_copies, find, open_directory
+from dsv3_train.checkpoint.hf.scales import Looked, look, told
+from dsv3_train.checkpoint.hf.sides import Published, Side
 from dsv3_train.checkpoint.hf.work import BLOCK_VALUES
 from dsv3_train.checkpoint.state import model_state
 from dsv3_train.errors import UserError
@@ -23,8 +25,10 @@ _MAY_DIFFER = ("model.rope_theta", "model.rope_scaling")
 """What a context extension changes; the weights do not depend on it."""
 
 
-def load_published(path: Path, recipe: Recipe, chunks: list[GPTModel]) -> list[str]:
+def load_published(path: Path, recipe: Recipe, chunks: list[GPTModel], run_dir: Path | None = None) -> list[str]:
     """Put a Hugging Face directory's weights and routing biases into this rank's chunks; returns notes for the log.
+
+    With `run_dir`, that run keeps of the directory what brings it back (origin.py). Collective.
 
     Raises:
         UserError: the directory is damaged, or its config.json contradicts the recipe.
@@ -33,6 +37,12 @@ def load_published(path: Path, recipe: Recipe, chunks: list[GPTModel]) -> list[s
     directory.check_files()
     modules = recipe.model.num_nextn_predict_layers
     if modules and not directory.mtp:
+        uncounted = beside.undeclared_layers(directory.tensors, int(configs.settings(directory.config)["num_hidden_layers"]))
+        if uncounted:
+            raise UserError(
+                f"{path / 'config.json'}: num_nextn_predict_layers: 0, but the files have MTP in layer "
+                f"{min(uncounted)}; set {len(uncounted)} there to train it"
+            )
         raise UserError(
             f"{path}: has no MTP; set model.num_nextn_predict_layers=0 and schedule.mtp_weight=0, or take other files"
         )
@@ -40,11 +50,55 @@ def load_published(path: Path, recipe: Recipe, chunks: list[GPTModel]) -> list[s
     wrong = [line for line in differences if not line.startswith(_MAY_DIFFER)]
     if wrong:
         raise UserError("\n".join(f"{path}: {line}; set what config.json says, or take other files" for line in wrong))
-    fill(chunks, find(directory, recipe.model, modules))
+    found = find(directory, recipe.model, modules)
+    fill(chunks, found)
     notes = configs.notes(directory.config) + [line for line in differences if line not in wrong]
+    notes += beside.told(directory.beside)
+    if run_dir is not None:
+        notes += _keep(directory, found, absent_copies(directory, recipe.model, modules), run_dir)
     if directory.mtp and not modules:
         notes.append(f"{path}: its MTP is left out, the recipe has none")
     return notes
+
+
+def _keep(directory: Directory, found: list[Published], absent: list[str], run_dir: Path) -> list[str]:
+    """What `dsv3 convert from-hf` keeps; the ranks share looking at the scales. Returns what these say."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    own = [one for one in found if one.scale is not None][rank::world]
+    shares: list[dict[str, Looked]] = [{}] * world
+    torch.distributed.all_gather_object(shares, {one.weight.name: look(one) for one in own})
+    looked = {name: one for share in shares for name, one in share.items()}
+
+    def keep() -> None:
+        with origin.anew(run_dir) as folder:
+            origin.keep(directory, found, absent, looked, folder)
+
+    on_first(keep, run_dir)
+    return told(looked)
+
+
+def carry(begun: Path, run_dir: Path) -> None:
+    """Give a run that begins from a checkpoint what that keeps of a Hugging Face directory. Collective.
+
+    Raises:
+        UserError: on every rank: it is damaged, or the run directory cannot be written.
+    """
+    on_first(lambda: origin.carry(begun, run_dir), run_dir)
+
+
+def on_first(work: Callable[[], None], run_dir: Path) -> None:
+    """Do something on rank 0 that writes to a run directory, and fail on all ranks where it fails."""
+    said: list[str | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            work()
+        except OSError as error:
+            said = [f"runtime.run_dir: {run_dir / origin.FOLDER} cannot be written ({error.strerror or error})"]
+        except UserError as error:
+            said = [str(error)]
+    torch.distributed.broadcast_object_list(said)
+    if said[0] is not None:
+        raise UserError(said[0])
 
 
 @torch.no_grad()

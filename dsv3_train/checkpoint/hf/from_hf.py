@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 
 from dsv3_train.checkpoint.directory import step_path
+from dsv3_train.checkpoint.hf import beside, origin, own_class, scales, work
 from dsv3_train.checkpoint.hf import config as configs
-from dsv3_train.checkpoint.hf import origin, own_class, work
 from dsv3_train.checkpoint.hf.files import DTYPES, itemsize
-from dsv3_train.checkpoint.hf.published import Directory, find, open_directory
+from dsv3_train.checkpoint.hf.fp8 import Rule
+from dsv3_train.checkpoint.hf.published import Directory, absent_copies, find, open_directory
 from dsv3_train.checkpoint.hf.sharded_writer import Part, Placed, finish, write_parts
 from dsv3_train.checkpoint.hf.sides import Published, blocks
 from dsv3_train.checkpoint.hf.work import Progress, Unit
@@ -63,7 +64,10 @@ class Plan:
             "scales": sum(found.scale is not None for found in self.found),
             "values": sum(found.weight.values for found in self.found),
             "copies": sum(found.weight.copy for found in self.found),
-            "left_out": sorted(name for name in self.directory.mtp_names if name not in taken) if not self.mtp else [],
+            "left_out": sorted(
+                [name for name in self.directory.mtp_names if name not in taken and not self.mtp]
+                + [self.directory.published_name(name) for name in self.directory.beside]
+            ),
             "dtypes": dict(Counter(found.stored.dtype for found in self.found)),
             "mtp": self.mtp,
             "bytes": self.nbytes,
@@ -97,6 +101,7 @@ def make_plan(
     rounded = [one for one in found if one.weight.stored == "fp32" and one.stored.dtype != "F32"]
     if rounded:
         notes.append(f"{rounded[0].weight.name} and all routing biases are {rounded[0].stored.dtype} in these files")
+    notes += beside.told(directory.beside)
     return Plan(directory, recipe, modules, found, _files(found, dtype), notes)
 
 
@@ -104,6 +109,12 @@ def _mtp(directory: Directory, asked: Mtp | None) -> tuple[int, list[str]]:
     """MTP modules to convert."""
     declared, there = directory.declared_mtp, directory.mtp
     layer = int(configs.settings(directory.config)["num_hidden_layers"])
+    uncounted = beside.undeclared_layers(directory.tensors, layer + declared)
+    if uncounted and asked != "drop":
+        raise UserError(
+            f"{directory.path / 'config.json'}: num_nextn_predict_layers: {declared}, but the files have MTP in "
+            f"layer {min(uncounted)}; say --mtp drop to leave it out, or set {declared + len(uncounted)} to train it"
+        )
     lacking = f"config.json says num_nextn_predict_layers {declared}, but the files have nothing of layer {layer}"
     if asked == "keep" and not there:
         reason = lacking if declared else "config.json says that there is none"
@@ -197,18 +208,32 @@ def convert(plan: Plan, target: Path, workers: int | None, progress: Progress) -
         UserError: a file is damaged, the disk is full, or TARGET cannot be written.
     """
     units = [Unit(i, sum(map(_nbytes, file)), (i, file)) for i, file in enumerate(plan.files)]
-    fingerprint = [_fingerprint(plan), [[asdict(block.part) for block in file] for file in plan.files]]
+    fingerprint = ["with scales", _fingerprint(plan), [[asdict(block.part) for block in file] for file in plan.files]]
     with work.unfinished(target, fingerprint) as where:
         checkpoint = step_path(where / "checkpoints", 0)
         checkpoint.mkdir(parents=True, exist_ok=True)
         _check_copies(plan, progress)
         count = work.worker_count(workers, plan.nbytes)
-        placed = work.run(where, write_file, units, count, progress, "converting")
+        written = work.run(where, write_file, units, count, progress, "converting")
         parts = [[block.part for block in file] for file in plan.files]
+        placed = [of_file for of_file, _ in written]
         finish(checkpoint, list(zip(parts, placed, strict=True)), {"position": _NOTHING_DONE, "topology": {}})
         (where / "recipe.yaml").write_text(recipes.dump(plan.recipe), encoding="utf-8")
-        origin.keep(plan.directory, [found.weight for found in plan.found], where / origin.FOLDER)
-    return {**plan.report(), "target": str(target)}
+        looked = {
+            name: scales.Looked(Rule(*rule) if rule else None, lossy)
+            for _, of_file in written
+            for name, (rule, lossy) in of_file.items()
+        }
+        absent = absent_copies(plan.directory, plan.recipe.model, plan.mtp)
+        origin.keep(plan.directory, plan.found, absent, looked, where / origin.FOLDER)
+    report = plan.report()
+    changing = sorted(name for name, one in looked.items() if one.lossy)
+    return {
+        **report,
+        "notes": [*report["notes"], *scales.told(looked)],
+        "bytes_change": changing,
+        "target": str(target),
+    }
 
 
 def _fingerprint(plan: Plan) -> list[Any]:
@@ -218,8 +243,8 @@ def _fingerprint(plan: Plan) -> list[Any]:
     return [*zip(files, [(stat.st_size, stat.st_mtime_ns) for stat in stats], strict=True), recipes.dump(plan.recipe)]
 
 
-def write_file(where: str, number: int, file: list[Block]) -> list[Placed]:
-    """Write one file of the checkpoint; where its parts lie in it."""
+def write_file(where: str, number: int, file: list[Block]) -> tuple[list[Placed], dict[str, scales.Looked]]:
+    """Write one file of the checkpoint; where its parts lie in it, and what the FP8 scales of those begun in it say."""
     torch.set_num_threads(1)
 
     def values(i: int) -> torch.Tensor:
@@ -227,7 +252,10 @@ def write_file(where: str, number: int, file: list[Block]) -> list[Placed]:
         rows = block.source.rows(block.first, block.last)
         return rows.to(DTYPES[block.part.dtype]).view(block.part.sizes)
 
-    return write_parts(step_path(Path(where, "checkpoints"), 0), number, [block.part for block in file], values)
+    parts = [block.part for block in file]
+    placed = write_parts(step_path(Path(where, "checkpoints"), 0), number, parts, values)
+    begun = [block.source for block in file if block.first == 0 and block.source.scale is not None]
+    return placed, {source.weight.name: scales.look(source) for source in begun}
 
 
 def _check_copies(plan: Plan, progress: Progress) -> None:

@@ -24,7 +24,8 @@ def is_published(path: Path) -> bool:
 def inspect(path: Path) -> dict[str, Any]:
     """Counts, types and bytes of a directory or checkpoint, and what is missing or surplus by its configuration.
 
-    `weights`, `scales`: tensors; `values`: numbers in the weights; `dtypes`: tensors of each type; `missing`,
+    `weights`, `scales`: tensors; `beside`: tensors that are known to be no weights, by kind; `values`: numbers in the
+    weights; `dtypes`: tensors of each type; `missing`,
     `surplus`: names; `problems`: what is damaged or wrong, one line each.
 
     Raises:
@@ -38,12 +39,14 @@ def _published(path: Path) -> dict[str, Any]:
     tensors = directory.tensors
     model = configs.model(directory.config, str(path / "config.json"))
     missing, surplus = differences(directory, model, directory.mtp)
-    weights = [tensor for name, tensor in tensors.items() if not name.endswith(SCALE)]
+    ours = {name: tensor for name, tensor in tensors.items() if name not in directory.beside}
+    weights = [tensor for name, tensor in ours.items() if not name.endswith(SCALE)]
     return {
         "kind": "hugging-face",
         "path": str(path),
         "weights": len(weights),
-        "scales": len(tensors) - len(weights),
+        "scales": len(ours) - len(weights),
+        "beside": dict(Counter(directory.beside.values())),
         "values": sum(prod(tensor.shape) for tensor in weights),
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "files": len({tensor.file for tensor in tensors.values()}),

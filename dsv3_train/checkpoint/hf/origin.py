@@ -1,22 +1,31 @@
 """What a checkpoint keeps of the Hugging Face directory that it came from, so that it can go back as it was.
 
-Beside the checkpoint, in `hf/`: the files that are no weights (config.json, tokenizer, licence), the index, and the
-types of tensors in `tensors.json`.
+Beside the checkpoint, in `hf/`: the files that are no weights (config.json, tokenizer, licence), the index, facts of
+the tensors in `tensors.json`, and some of them by their bytes (kept.py). A run that begins from a checkpoint or from a
+directory has a copy of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dsv3_train.checkpoint.directory import resolve
 from dsv3_train.checkpoint.hf import config as configs
-from dsv3_train.checkpoint.hf.names import Weight
-from dsv3_train.checkpoint.hf.published import INDEX, Directory, open_directory
+from dsv3_train.checkpoint.hf import kept, language
+from dsv3_train.checkpoint.hf.files import Stored, header_text, layout
+from dsv3_train.checkpoint.hf.fp8 import Rule
+from dsv3_train.checkpoint.hf.names import SCALE, Weight
+from dsv3_train.checkpoint.hf.published import INDEX, Directory, absent_copies, open_directory, present
+from dsv3_train.checkpoint.hf.scales import Looked
+from dsv3_train.checkpoint.hf.sides import Published
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.load import load
 
@@ -35,11 +44,32 @@ class Origin:
 
     folder: Path
     config: dict[str, Any]
+    """Of the language model."""
+    whole_config: dict[str, Any]
     main_dtype: str
     mtp: int
     """MTP modules that the files had."""
+    kept: dict[str, Stored]
+    """Tensors by their bytes, under their names in the files."""
     exceptions: dict[str, str] = field(default_factory=dict)
     """Types of the tensors whose type does not follow from `main_dtype`."""
+    prefix: str = ""
+    """Before the names of the model's tensors."""
+    beside: dict[str, str] = field(default_factory=dict)
+    """Tensors that are no weights of the model: name in the files -> what it is."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Of files that are written otherwise than the safetensors library writes them: file -> its header."""
+    nbytes: int | None = None
+    """Of all tensors; None: not known of what earlier versions kept."""
+    absent: frozenset[str] = frozenset()
+    """MTP's copies that the files left out."""
+    rules: dict[str, Rule | None] = field(default_factory=dict)
+    """How FP8 weights had their scales; None: by no known rule."""
+
+    def rule(self, name: str) -> Rule:
+        """By which a trained weight gets its scales: its own, or the usual one where that is not known."""
+        said = (self.config.get("quantization_config") or {}).get("scale_fmt")
+        return self.rules.get(name) or Rule(mantissa=0.5 if said == "ue8m0" else None)
 
     @property
     def index(self) -> dict[str, Any] | None:
@@ -55,21 +85,59 @@ def usual_dtype(weight: Weight, main_dtype: str) -> str:
     return "BF16" if main_dtype == "F8_E4M3" and weight.stored != "fp8" else main_dtype
 
 
-def exceptions(directory: Directory, weights: Iterable[Weight]) -> dict[str, str]:
+def exceptions(directory: Directory, found: Iterable[Published]) -> dict[str, str]:
     """Types of tensors that are stored otherwise than usual."""
     main = directory.main_dtype
-    stored = {weight.name: directory.tensors[weight.name].dtype for weight in weights}
-    return {weight.name: stored[weight.name] for weight in weights if stored[weight.name] != usual_dtype(weight, main)}
+    return {one.weight.name: one.dtype for one in found if one.dtype != usual_dtype(one.weight, main)}
 
 
-def keep(directory: Directory, weights: list[Weight], folder: Path) -> None:
-    """Write `folder`: everything of a directory but its weights."""
-    folder.mkdir(exist_ok=True)
-    copy_others(directory.path, folder)
+def _to_keep(directory: Directory, found: Iterable[Published]) -> dict[str, Stored]:
+    tensors = {directory.published_name(one.weight.scale_name): one.scale for one in found if one.scale is not None}
+    if directory.main_dtype != "F32":
+        wide = [one for one in found if one.dtype == "F32" and one.weight.stored != "fp32"]
+        tensors |= {directory.published_name(one.weight.name): one.stored for one in wide}
+    return tensors | {directory.published_name(name): directory.tensors[name] for name in directory.beside}
+
+
+def _nbytes(directory: Directory) -> int:
+    return sum(tensor.nbytes for tensor in directory.tensors.values())
+
+
+def _headers(directory: Directory) -> dict[str, str]:
+    contents: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
+    for name, tensor in directory.tensors.items():
+        contents.setdefault(tensor.file, {})[directory.published_name(name)] = (tensor.dtype, tensor.shape)
+    texts = {file: header_text(Path(file)) for file in contents}
+    return {
+        Path(file).name: text.decode()
+        for file, text in texts.items()
+        if layout(Path(file), contents[file]).header[8:] != text
+    }
+
+
+def keep(
+    directory: Directory, found: list[Published], absent: list[str], looked: Mapping[str, Looked], to: Path
+) -> None:
+    """Write the folder `to`: everything of a directory but its weights, and what weights alone do not tell of it."""
+    to.mkdir(exist_ok=True)
+    copy_others(directory.path, to)
     if directory.weight_map is not None:
-        shutil.copyfile(directory.path / INDEX, folder / INDEX)
-    facts = {"main_dtype": directory.main_dtype, "mtp": directory.mtp, "exceptions": exceptions(directory, weights)}
-    (folder / _TENSORS).write_text(json.dumps(facts), encoding="utf-8")
+        shutil.copyfile(directory.path / INDEX, to / INDEX)
+    kept.write(to, _to_keep(directory, found))
+    rules = {name: one.rule for name, one in looked.items()}
+    usual = Counter(rules.values()).most_common(1)[0][0] if rules else None
+    facts = {
+        "main_dtype": directory.main_dtype,
+        "mtp": directory.mtp,
+        "exceptions": exceptions(directory, found),
+        "prefix": directory.prefix,
+        "beside": {directory.published_name(name): kind for name, kind in directory.beside.items()},
+        "headers": _headers(directory),
+        "nbytes": _nbytes(directory),
+        "absent": absent,
+        "rules": {"usual": usual, "others": {name: rule for name, rule in rules.items() if rule != usual}},
+    }
+    (to / _TENSORS).write_text(json.dumps(facts), encoding="utf-8")
 
 
 def copy_others(source: Path, target: Path) -> None:
@@ -103,23 +171,88 @@ def find(checkpoint: Path) -> Origin | None:
     return None
 
 
+def carry(begun: Path, run_dir: Path) -> None:
+    """Give a run that begins from the checkpoint `begun` a copy of what that keeps, for the day when that is gone.
+
+    What an earlier beginning left there goes.
+
+    Raises:
+        UserError: what is kept is damaged.
+        OSError: the run directory cannot be written.
+    """
+    came_from = find(begun)
+    if came_from is None or not (came_from.folder / _TENSORS).is_file():
+        shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
+    elif came_from.folder.resolve() != (run_dir / FOLDER).resolve():
+        with anew(run_dir) as folder:
+            for file in came_from.folder.iterdir():
+                if file.name == kept.FILE:  # gigabytes, and never written again
+                    with contextlib.suppress(OSError):
+                        os.link(file, folder / file.name)
+                        continue
+                shutil.copyfile(file, folder / file.name)
+
+
+@contextlib.contextmanager
+def anew(run_dir: Path) -> Iterator[Path]:
+    """A folder that becomes a run's `hf/` when it is whole, in the place of another."""
+    folder = run_dir / f"{FOLDER}.unfinished"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
+    folder.rename(run_dir / FOLDER)
+
+
 def _kept(folder: Path) -> Origin:
     file = folder / _TENSORS
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
-        config = configs.read(folder)
+        whole = configs.read(folder)
+        config = language.part(whole)
         configs.model_of(config, str(folder / "config.json"))
-        return Origin(folder, config, facts["main_dtype"], facts["mtp"], facts["exceptions"])
+        # Earlier versions kept no tensors, and knew no rules.
+        tensors = kept.read(folder) if "rules" in facts else {}
+        said = facts.get("rules", {"usual": None, "others": {}})
+        names = [name for name in tensors if name.endswith(SCALE)]
+        rules = {name.removeprefix(facts.get("prefix", "")).removesuffix(SCALE): said["usual"] for name in names}
+        return Origin(
+            folder,
+            config,
+            whole,
+            facts["main_dtype"],
+            facts["mtp"],
+            tensors,
+            facts["exceptions"],
+            facts.get("prefix", ""),
+            facts.get("beside", {}),
+            facts.get("headers", {}),
+            facts.get("nbytes"),
+            frozenset(facts.get("absent", ())),
+            {name: Rule(*rule) if rule else None for name, rule in (rules | said["others"]).items()},
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: damaged ({error}); remove {folder} to export without it") from None
 
 
 def _directory(path: Path) -> Origin | None:
-    from dsv3_train.checkpoint.hf.names import weights
-
+    """Of a run that began from a directory before runs kept anything of it."""
     if not path.is_dir():
         return None  # gone since
     directory = open_directory(path)
     model = configs.model(directory.config, str(path / "config.json"))
-    there = [weight for weight in weights(model, directory.mtp) if weight.name in directory.tensors]
-    return Origin(path, directory.config, directory.main_dtype, directory.mtp, exceptions(directory, there))
+    found = present(directory, model, directory.mtp)
+    return Origin(
+        path,
+        directory.config,
+        configs.read(path),
+        directory.main_dtype,
+        directory.mtp,
+        _to_keep(directory, found),
+        exceptions(directory, found),
+        directory.prefix,
+        {directory.published_name(name): kind for name, kind in directory.beside.items()},
+        _headers(directory),
+        _nbytes(directory),
+        frozenset(absent_copies(directory, model, directory.mtp)),
+    )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsv3_train.checkpoint.hf import beside, formats, language
 from dsv3_train.checkpoint.hf import config as configs
 from dsv3_train.checkpoint.hf.files import Stored, read_header
 from dsv3_train.checkpoint.hf.names import SCALE, weights
@@ -18,7 +19,6 @@ from dsv3_train.recipe.schema import Model
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _READ = ("F32", "BF16", "F8_E4M3")
 
 
@@ -28,8 +28,11 @@ class Directory:
 
     path: Path
     config: dict[str, Any]
+    """Of the language model, where config.json speaks of others too."""
     tensors: dict[str, Stored]
-    """Weights and scales, by name."""
+    """Weights and scales, by name, without `prefix`."""
+    prefix: str
+    """What the files put before the names of a language model's tensors: empty where there is no other model."""
     weight_map: dict[str, str] | None
     """The index: tensor -> file. None: one file without an index."""
     problems: list[str] = field(default_factory=list)
@@ -40,16 +43,22 @@ class Directory:
         """F8_E4M3 if any weight is, else the type that most values of matrices have."""
         matrices = Counter[str]()
         for name, tensor in self.tensors.items():
-            if len(tensor.shape) > 1 and not name.endswith(SCALE):
+            if len(tensor.shape) > 1 and not name.endswith(SCALE) and name not in self.beside:
                 matrices[tensor.dtype] += tensor.nbytes
         return "F8_E4M3" if "F8_E4M3" in matrices else max(matrices, key=lambda dtype: matrices[dtype], default="BF16")
+
+    @functools.cached_property
+    def beside(self) -> dict[str, str]:
+        """Tensors that are known to be no weights of the model: name -> what it is (beside.py)."""
+        layers = int(self.config["num_hidden_layers"])
+        return beside.found(self.tensors, layers, self.declared_mtp, bool(self.prefix))
 
     @property
     def mtp_names(self) -> list[str]:
         """Tensors of MTP modules: of the layers that config.json counts beyond the main model's."""
         first = int(configs.settings(self.config)["num_hidden_layers"])
         beyond = range(first, first + self.declared_mtp)
-        return [name for name in self.tensors if (match := _LAYER.match(name)) and int(match[1]) in beyond]
+        return [name for name in self.tensors if (match := beside.LAYER.match(name)) and int(match[1]) in beyond]
 
     @property
     def declared_mtp(self) -> int:
@@ -60,6 +69,10 @@ class Directory:
     def mtp(self) -> int:
         """MTP modules by config.json if the files have anything of them, else 0."""
         return self.declared_mtp if self.mtp_names else 0
+
+    def published_name(self, name: str) -> str:
+        """A tensor's name in the files."""
+        return name if self.beside.get(name) == beside.VISION else self.prefix + name
 
     def check_files(self) -> None:
         """Refuse a directory whose files are damaged or missing.
@@ -79,7 +92,9 @@ def open_directory(path: Path) -> Directory:
     """
     if not path.is_dir():
         raise UserError(f"{path}: not a directory; give one with config.json and .safetensors files")
-    config = configs.read(path)
+    whole = configs.read(path)
+    config = language.part(whole)
+    formats.refuse_named(path, whole, config)
     configs.model_of(config, str(path / "config.json"))
     weight_map = _weight_map(path)
     problems: list[str] = []
@@ -104,7 +119,15 @@ def open_directory(path: Path) -> Directory:
         if lacking:
             more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
             problems.append(f"{file}: lacks {lacking[0]}{more}, which the index says is there; fetch it again")
-    return Directory(path, config, tensors, weight_map, problems)
+    formats.refuse_tensors(path, tensors)
+    prefix = language.prefix(whole, tensors)
+    plain = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    problems += [
+        f"{tensor.file}: {name} is there with and without {prefix}; remove one of the two"
+        for name, tensor in plain.items()
+        if prefix and {name, prefix + name} <= tensors.keys()
+    ]
+    return Directory(path, config, plain, prefix, weight_map, problems)
 
 
 def _weight_map(path: Path) -> dict[str, str] | None:
@@ -128,7 +151,8 @@ def _weight_map(path: Path) -> dict[str, str] | None:
 def differences(directory: Directory, model: Model, mtp: int) -> tuple[list[str], list[str]]:
     """(missing, surplus): tensors that the model has and the files lack, and the other way round, scales included.
 
-    A scale is wanted where its weight is stored in FP8. With `mtp` 0, MTP's tensors are no surplus.
+    A scale is wanted where its weight is stored in FP8, MTP's copies of embedding and head only without the original.
+    With `mtp` 0, MTP's tensors are no surplus, nor is what is known to be beside a model.
     """
     expected = weights(model, mtp)
     wanted = {weight.name for weight in expected}
@@ -138,9 +162,20 @@ def differences(directory: Directory, model: Model, mtp: int) -> tuple[list[str]
         stored = tensors.get(weight.name)
         if stored is not None and stored.dtype.startswith("F8"):
             wanted.add(weight.scale_name)
-    missing = [name for name in wanted if name not in tensors]
-    surplus = tensors.keys() - wanted - dropped
+    missing = wanted - tensors.keys() - set(absent_copies(directory, model, mtp))
+    surplus = tensors.keys() - wanted - dropped - directory.beside.keys()
     return sorted(missing), sorted(surplus)
+
+
+def absent_copies(directory: Directory, model: Model, mtp: int) -> list[str]:
+    """MTP's copies of embedding and head that the files leave out, because they have the original."""
+    expected = weights(model, mtp)
+    originals = {weight.key: weight.name for weight in expected if not weight.copy}
+    return [
+        weight.name
+        for weight in expected
+        if weight.copy and weight.name not in directory.tensors and originals[weight.key] in directory.tensors
+    ]
 
 
 def find(directory: Directory, model: Model, mtp: int) -> list[Published]:
@@ -195,7 +230,7 @@ def _wrong(directory: Directory, found: Published) -> list[str]:
             return [f"{scale.file}: {weight.scale_name} is {scale.dtype} {list(scale.shape)}, not {expected}"]
     if weight.stored == "fp32" and stored.dtype != "F32":
         # A directory saved in one type has its routing biases in it too; anywhere else they have lost bits.
-        types = {tensor.dtype for tensor in directory.tensors.values()}
+        types = {tensor.dtype for name, tensor in directory.tensors.items() if name not in directory.beside}
         return [f"{place} is {stored.dtype}, not F32; rounded routing biases choose other experts"] * (len(types) > 1)
     return []
 

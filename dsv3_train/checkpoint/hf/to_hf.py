@@ -6,15 +6,15 @@ import json
 import os
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from dsv3_train.checkpoint.hf import beside, config_out, fp8, kept, language, origin, work
 from dsv3_train.checkpoint.hf import config as configs
-from dsv3_train.checkpoint.hf import config_out, fp8, origin, work
 from dsv3_train.checkpoint.hf.files import DTYPES, Layout, Stored, itemsize, layout, write_at
 from dsv3_train.checkpoint.hf.names import BLOCK, SCALE
 from dsv3_train.checkpoint.hf.origin import Origin
@@ -33,13 +33,31 @@ _CHOICE: dict[str, Dtype] = {"BF16": "bf16", "F8_E4M3": "fp8", "F32": "fp32"}
 _LARGEST_FILE = 5_000_000_000  # bytes of tensors, as transformers cut files up to its version 4
 
 
+Described = tuple[str, tuple[int, ...]]
+"""A tensor's type and shape."""
+
+
 @dataclass(frozen=True)
 class Output:
-    """A tensor to be written in `dtype`, and its FP8 scales' powers of two."""
+    """A tensor to be written in `dtype`."""
 
     source: Sharded
+    """Under its name in the files."""
     dtype: str
-    powers_of_two: bool
+    rule: fp8.Rule
+    """For FP8 scales of what training has changed."""
+    scales: Stored | None
+    """FP8 scales that it came with."""
+    wide: Stored | None
+    """Its FP32 values as it came, which training in BF16 has rounded where it has not changed them."""
+
+    def rows(self, first: int, last: int) -> torch.Tensor:
+        """To be written: as it came where it is that rounded, else as in the checkpoint."""
+        rows = self.source.rows(first, last)
+        if self.wide is None or rows.dtype == torch.float32:
+            return rows
+        came = self.wide.read(first, last)
+        return torch.where(came.to(rows.dtype) == rows, came, rows.float())
 
 
 @dataclass(frozen=True)
@@ -52,6 +70,10 @@ class Plan:
     mtp: int
     outputs: dict[str, Output]
     """By name of the weight."""
+    beside: dict[str, Stored]
+    """Tensors that are no weights of the model, to be copied."""
+    described: dict[str, Described]
+    """Every tensor: weights, scales, and what is beside them."""
     weight_map: dict[str, str]
     """Tensor (weight or scales) -> file."""
     index: dict[str, Any] | None
@@ -63,17 +85,18 @@ class Plan:
     """To be copied; None where the origin's files are."""
     notes: list[str]
 
-    def contents(self, file: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def contents(self, file: str) -> dict[str, Described]:
         """Types and shapes of a file's tensors."""
-        return {name: _described(self.outputs, name) for name, where in self.weight_map.items() if where == file}
+        return {name: self.described[name] for name, where in self.weight_map.items() if where == file}
 
     def report(self) -> dict[str, Any]:
         """Counts, for `--json`."""
-        described = [_described(self.outputs, name) for name in self.weight_map]
+        described = list(self.described.values())
         return {
             "source": str(self.checkpoint),
             "weights": len(self.outputs),
-            "scales": len(self.weight_map) - len(self.outputs),
+            "scales": len(self.described) - len(self.outputs) - len(self.beside),
+            "beside": len(self.beside),
             "values": sum(output.source.weight.values for output in self.outputs.values()),
             "dtypes": dict(Counter(dtype for dtype, _ in described)),
             "dtype": self.dtype,
@@ -104,10 +127,13 @@ def make_plan(checkpoint: Path, dtype: Dtype | None, mtp: Mtp | None) -> Plan:
         modules = 0
     main = came_from.main_dtype if came_from else MAIN[recipe.precision.params]
     chosen: Dtype = dtype if dtype is not None else _CHOICE[main]
-    powers_of_two = _scale_format(came_from) == "ue8m0"
-    outputs = {one.weight.name: Output(one, _dtype(one, chosen, came_from), powers_of_two) for one in side}
-    names = [tensor for output in outputs.values() for tensor in _tensors(output)]
-    weight_map, index = _placed(names, outputs, came_from)
+    absent = came_from.absent if came_from else frozenset()
+    made = [_output(one, chosen, came_from) for one in side if one.weight.name not in absent]
+    outputs = {output.source.weight.name: output for output in made}
+    others = _beside(came_from, mtp)
+    described = {name: tensor for output in made for name, tensor in _tensors(output).items()}
+    described |= {name: (stored.dtype, stored.shape) for name, stored in others.items()}
+    weight_map, index = _placed(described, came_from, came_from is not None and came_from.main_dtype == MAIN[chosen])
     tokenizer, eos_id = _tokenizer(recipe, notes) if came_from is None else (None, None)
     config, verbatim = _config(recipe, chosen, modules, came_from, eos_id)
     notes += configs.notes(config)
@@ -117,6 +143,8 @@ def make_plan(checkpoint: Path, dtype: Dtype | None, mtp: Mtp | None) -> Plan:
         chosen,
         modules,
         outputs,
+        others,
+        described,
         weight_map,
         index,
         config,
@@ -144,9 +172,34 @@ def _tokenizer(recipe: Recipe, notes: list[str]) -> tuple[Path | None, int | Non
         return path, None
 
 
-def _scale_format(came_from: Origin | None) -> str | None:
-    quantisation = configs.settings(came_from.config).get("quantization_config") if came_from else None
-    return (quantisation or {}).get("scale_fmt")
+def _output(one: Sharded, chosen: Dtype, came_from: Origin | None) -> Output:
+    dtype = _dtype(one, chosen, came_from)
+    if came_from is None:
+        return Output(one, dtype, fp8.USUAL, None, None)
+    named = replace(one, weight=replace(one.weight, name=came_from.prefix + one.weight.name))
+    scales = came_from.kept.get(named.weight.scale_name) if dtype == "F8_E4M3" else None
+    wide = came_from.kept.get(named.weight.name) if dtype == "F32" else None
+    for stored, shape in ((scales, one.weight.scale_shape), (wide, one.weight.shape)):
+        if stored is not None and (stored.dtype, stored.shape) != ("F32", shape):
+            raise UserError(
+                f"{stored.file}: what is kept of {one.weight.name} is {stored.dtype} {list(stored.shape)}, not F32 "
+                f"{list(shape)}: another model's; remove {came_from.folder} to export without it"
+            )
+    return Output(named, dtype, came_from.rule(one.weight.name), scales, wide)
+
+
+def _beside(came_from: Origin | None, mtp: Mtp | None) -> dict[str, Stored]:
+    """What came beside the model's weights and goes back with them; MTP that was not counted unless it is to go."""
+    if came_from is None:
+        return {}
+    names = [name for name, kind in came_from.beside.items() if mtp != "drop" or kind != beside.MTP]
+    lacking = [name for name in names if name not in came_from.kept]
+    if lacking:
+        raise UserError(
+            f"{came_from.folder / kept.FILE}: lacks {lacking[0]}, which tensors.json says is kept; put the file back, "
+            f"or remove {came_from.folder} to export without it"
+        )
+    return {name: came_from.kept[name] for name in names}
 
 
 def _dtype(one: Sharded, dtype: Dtype, came_from: Origin | None) -> str:
@@ -162,49 +215,42 @@ def _dtype(one: Sharded, dtype: Dtype, came_from: Origin | None) -> str:
     return kept if same or (kept == "F32" != came_from.main_dtype) else usual
 
 
-def _tensors(output: Output) -> list[str]:
+def _tensors(output: Output) -> dict[str, Described]:
     weight = output.source.weight
-    return [weight.name, weight.scale_name] if output.dtype == "F8_E4M3" else [weight.name]
+    tensors: dict[str, Described] = {weight.name: (output.dtype, weight.shape)}
+    if output.dtype == "F8_E4M3":
+        tensors[weight.scale_name] = ("F32", weight.scale_shape)
+    return tensors
 
 
-def _described(outputs: dict[str, Output], name: str) -> tuple[str, tuple[int, ...]]:
-    output = outputs.get(name)
-    if output is not None:
-        return output.dtype, output.source.weight.shape
-    return "F32", outputs[_scaled(name)].source.weight.scale_shape
-
-
-def _scaled(name: str) -> str:
-    """The weight that a tensor is, or holds the scales of."""
-    return name.removesuffix(SCALE)
-
-
-def _nbytes(described: tuple[str, tuple[int, ...]]) -> int:
+def _nbytes(described: Described) -> int:
     dtype, shape = described
     return prod(shape) * itemsize(dtype)
 
 
 def _placed(
-    names: list[str], outputs: dict[str, Output], came_from: Origin | None
+    described: dict[str, Described], came_from: Origin | None, same_type: bool
 ) -> tuple[dict[str, str], dict[str, Any] | None]:
     """Each tensor's file, and the index: the origin's where it has the same tensors, else in order."""
-    total = sum(_nbytes(_described(outputs, name)) for name in names)
+    total = sum(map(_nbytes, described.values()))
     index = came_from.index if came_from else None
-    if index is not None and set(index["weight_map"]) == set(names):
-        weight_map = {name: index["weight_map"][name] for name in names}
+    if index is not None and set(index["weight_map"]) == set(described):
+        weight_map = {name: index["weight_map"][name] for name in described}
+        if came_from is not None and came_from.nbytes == total:
+            return weight_map, index  # whatever it says of sizes, or nothing
         metadata = {**index.get("metadata", {}), "total_size": total}
         return weight_map, {**index, "metadata": metadata}
     groups: list[list[str]] = []
     size = _LARGEST_FILE
-    for name in names:
-        nbytes = _nbytes(_described(outputs, name))
+    for name, tensor in described.items():
+        nbytes = _nbytes(tensor)
         if size + nbytes > _LARGEST_FILE:
             groups.append([])
             size = 0
         groups[-1].append(name)
         size += nbytes
-    if len(groups) == 1:
-        return dict.fromkeys(names, SINGLE), None
+    if len(groups) == 1 or (same_type and index is None):  # as large as it may be, it came in one file
+        return dict.fromkeys(described, SINGLE), None
     weight_map = {
         name: f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         for number, group in enumerate(groups, 1)
@@ -238,14 +284,19 @@ def convert(plan: Plan, target: Path, workers: int | None, progress: Progress) -
         UserError: the checkpoint is damaged, the disk is full, or TARGET cannot be written.
     """
     files = sorted(set(plan.weight_map.values()))
+    headers = plan.origin.headers if plan.origin else {}
     units = []
     for number, file in enumerate(files):
         contents = plan.contents(file)
-        outputs = {_scaled(name): plan.outputs[_scaled(name)] for name in contents}
-        units.append(Unit(number, sum(map(_nbytes, contents.values())), (file, contents, outputs)))
+        names = dict.fromkeys(name.removesuffix(SCALE) for name in contents if name not in plan.beside)
+        outputs = [plan.outputs[name] for name in names]
+        others = {name: plan.beside[name] for name in contents if name in plan.beside}
+        units.append(
+            Unit(number, sum(map(_nbytes, contents.values())), (file, contents, outputs, others, headers.get(file)))
+        )
     total = sum(unit.nbytes for unit in units)
     changed = (plan.checkpoint / ".metadata").stat().st_mtime_ns
-    fingerprint = [str(plan.checkpoint), changed, plan.dtype, plan.mtp, plan.weight_map]
+    fingerprint = ["with scales", str(plan.checkpoint), changed, plan.dtype, plan.mtp, plan.weight_map]
     with work.unfinished(target, fingerprint) as where:
         work.run(where, write_file, units, work.worker_count(workers, total), progress, "converting")
         _write_others(plan, where)
@@ -258,7 +309,8 @@ def _write_others(plan: Plan, where: Path) -> None:
     elif plan.tokenizer is not None:
         shutil.copyfile(plan.tokenizer, where / "tokenizer.json")
     if not plan.verbatim:
-        text = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
+        config = language.whole(plan.origin.whole_config, plan.config) if plan.origin else plan.config
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (where / "config.json").write_text(text, encoding="utf-8")
     if plan.index is None:
         return
@@ -270,18 +322,25 @@ def _write_others(plan: Plan, where: Path) -> None:
 
 
 def write_file(
-    where: str, name: str, contents: dict[str, tuple[str, tuple[int, ...]]], outputs: dict[str, Output]
+    where: str,
+    name: str,
+    contents: dict[str, Described],
+    outputs: list[Output],
+    others: dict[str, Stored],
+    header: str | None,
 ) -> int:
     """Write one safetensors file under another name, then give it its own; its size in bytes."""
     torch.set_num_threads(1)
     final = Path(where, name)
-    plan = layout(final, contents)
+    plan = layout(final, contents, header)
     unfinished = final.with_name(name + ".part")
     with unfinished.open("wb", buffering=0) as file:
         descriptor = file.fileno()
         os.pwrite(descriptor, plan.header, 0)
-        for output in outputs.values():
+        for output in outputs:
             _write(descriptor, output, plan)
+        for tensor, stored in others.items():
+            kept.copy(stored, descriptor, plan.tensors[tensor].begin)
         os.fsync(descriptor)
     os.replace(unfinished, final)
     return plan.size
@@ -291,11 +350,12 @@ def _write(descriptor: int, output: Output, plan: Layout) -> None:
     weight = output.source.weight
     values, scales = plan.tensors.get(weight.name), plan.tensors.get(weight.scale_name)
     for first, last in blocks(weight):
-        rows = output.source.rows(first, last)
+        rows = output.rows(first, last)
         if output.dtype != "F8_E4M3":
             write_at(descriptor, rows.to(DTYPES[output.dtype]), _row(values, first))
             continue
-        codes, scale = fp8.quantise(rows.to(accelerator()).float(), output.powers_of_two)
+        came = output.scales.read(first // BLOCK, -(-last // BLOCK)).to(accelerator()) if output.scales else None
+        codes, scale = fp8.quantise(rows.to(accelerator()), output.rule, came)
         # The scales may lie in another file than the codes.
         if values is not None:
             write_at(descriptor, codes.cpu(), _row(values, first))

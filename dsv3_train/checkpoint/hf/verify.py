@@ -100,10 +100,19 @@ def verify(a: Weights, b: Weights, workers: int | None, progress: Progress) -> d
         "tensors": len(names),
         "identical": len(names) - len(differing),
         "max_abs_difference": largest,
-        "missing": sorted(a.tensors.keys() - b.tensors.keys()),
-        "surplus": sorted(b.tensors.keys() - a.tensors.keys()),
+        "missing": _only(a, b),
+        "surplus": _only(b, a),
         "different": sorted(differing),
     }
+
+
+def _only(one: Weights, other: Weights) -> list[str]:
+    """What one has and the other lacks, but for MTP's copies of what both have."""
+    both = {side.weight.key for name, side in one.tensors.items() if name in other.tensors}
+    names = one.tensors.keys() - other.tensors.keys()
+    return sorted(
+        name for name in names if not (one.tensors[name].weight.copy and one.tensors[name].weight.key in both)
+    )
 
 
 def _tasks(pairs: Sequence[tuple[Side, Side]]) -> tuple[list[list[tuple[Side, Side]]], int]:
