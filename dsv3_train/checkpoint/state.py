@@ -11,6 +11,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
+from dsv3_train.checkpoint.tokenizer_home import TOKENIZER
 from dsv3_train.model.init import sharding_metadata
 from dsv3_train.optim.build import begin_moments
 from dsv3_train.optim.ema import ParameterEma
@@ -84,8 +85,13 @@ def training_state(
     *,
     loading: bool,
     with_random_state: bool,
+    tokenizer: str | None = None,
 ) -> dict[str, Any]:
-    """Everything that a resumed run needs, as Megatron's sharded state dict."""
+    """Everything that a resumed run needs, as Megatron's sharded state dict.
+
+    Args:
+        tokenizer: sha256 of the run's tokenizer.json, for TOKENIZER; None: not known.
+    """
     models = model_state(chunks)
     if not loading:
         begin_moments(optimizer)
@@ -95,6 +101,7 @@ def training_state(
         "position": asdict(position),
         "guarded": asdict(guarded),
         "topology": topology(recipe),
+        TOKENIZER: tokenizer,
     }
     if ema is not None:
         state["ema"] = ema.sharded_state_dict()
