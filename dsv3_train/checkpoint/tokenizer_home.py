@@ -17,7 +17,7 @@ from dsv3_train.checkpoint.hf.origin import FOLDER as PUBLISHED
 from dsv3_train.checkpoint.hf.origin import PREFIX
 from dsv3_train.data import manifest, special_tokens
 from dsv3_train.data.sets import train_sets
-from dsv3_train.data.special_tokens import DEFINITION
+from dsv3_train.data.special_tokens import CONFIGURATION, DEFINITION
 from dsv3_train.data.tokenizer import Tokenizer, tokenizer_path
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.load import load
@@ -77,8 +77,9 @@ def find(run_dir: Path, recipe: Recipe) -> Home | None:
     if home is None:
         return _completed(recipe)
     files = home.files
-    if DEFINITION not in files and (named := _named(recipe)):
-        files = {**files, DEFINITION: named.files[DEFINITION]}
+    if DEFINITION not in files and (named := _completed(recipe)):
+        # A configuration that came with the model stays as it is.
+        files = {**(named.files if CONFIGURATION not in files else {}), **files, DEFINITION: named.files[DEFINITION]}
     return Home(files, home.place, recipe.data.eos_token)
 
 

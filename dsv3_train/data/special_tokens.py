@@ -15,6 +15,12 @@ _MAP = "special_tokens_map.json"
 FILES = (DEFINITION, CONFIGURATION, "chat_template.jinja", _MAP, GENERATION)
 """All that AutoTokenizer and `generate` read beside the weights. Chat templates are data here: never rendered."""
 
+_CLASS = {
+    "clean_up_tokenization_spaces": False,
+    "model_input_names": ["input_ids", "attention_mask"],  # 4.57 adds token_type_ids, which the model refuses
+    "tokenizer_class": "PreTrainedTokenizerFast",
+}
+
 Files = Mapping[str, bytes]
 """Some of FILES by name."""
 
@@ -87,7 +93,7 @@ def complete(files: Files, ids: Mapping[str, tuple[str, int]], where: str) -> di
             lacks of the others is added, and what it has stays.
     """
     given = _object(files, CONFIGURATION, where)
-    settings = {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast", **given}
+    settings = {**_CLASS, **given} if "tokenizer_class" not in given else dict(given)
     for role, (token, _) in ids.items():
         if spelling(files, role, where) != token:
             settings[f"{role}_token"] = token

@@ -132,7 +132,10 @@ class Tokenizer:
             first, second = SPELLINGS[role]
             remedy = "add it to added_tokens, or set the FIM rate to 0"
             if role == "eos":
-                remedy = f"name the token that ends a document as eos_token{self._candidates()}"
+                remedy = (
+                    "name the token that ends a document: --eos-token, or the recipe's key eos_token beside tokenizer"
+                    f"{self._candidates()}"
+                )
             raise UserError(f"{self.name}: has no special token {first} (or {second}); {remedy}")
         return self._spellings[role]
 

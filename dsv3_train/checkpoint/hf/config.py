@@ -319,8 +319,12 @@ def _show(value: Any) -> str:
     return "null" if value is None else json.dumps(value)
 
 
-def config_of(model: Model, mtp: int, sequence_length: int) -> dict[str, Any]:
-    """A `config.json` for a model that did not come from one; its tokens are the tokenizer's to say."""
+def config_of(model: Model, mtp: int, sequence_length: int, eos_id: int | None = None) -> dict[str, Any]:
+    """A `config.json` for a model that did not come from one.
+
+    Args:
+        eos_id: the end-of-document token, with which generation begins too; None: not known, left out.
+    """
     values = model.model_dump()
     scaling, theta = values.pop("rope_scaling"), values.pop("rope_theta")
     softmax = model.scoring_func == "softmax"
@@ -334,6 +338,7 @@ def config_of(model: Model, mtp: int, sequence_length: int) -> dict[str, Any]:
         "architectures": ["DeepseekV2ForCausalLM" if softmax else "DeepseekV3ForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
+        **({} if eos_id is None else {"bos_token_id": eos_id, "eos_token_id": eos_id}),
         "hidden_act": "silu",
         "max_position_embeddings": longest,
         "model_type": "deepseek_v2" if softmax else "deepseek_v3",

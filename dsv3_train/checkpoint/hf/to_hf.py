@@ -113,9 +113,8 @@ def make_plan(checkpoint: Path, dtype: Dtype | None, mtp: Mtp | None) -> Plan:
     tokenizer = tokenizer_home.find(checkpoint.parent.parent, recipe)
     if tokenizer:
         tokenizer_home.refuse_other(tokenizer_home.recorded(checkpoint), tokenizer.sha256, checkpoint)
-    config, verbatim = _config(recipe, chosen, modules, came_from)
-    if came_from is None:
-        config |= _tokens(tokenizer, notes)
+    tokens = {} if came_from else _tokens(tokenizer, notes)
+    config, verbatim = _config(recipe, chosen, modules, came_from, tokens)
     return Plan(
         checkpoint,
         recipe,
@@ -218,11 +217,13 @@ def _placed(
     return weight_map, {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
-def _config(recipe: Recipe, dtype: Dtype, mtp: int, came_from: Origin | None) -> tuple[dict[str, Any], bool]:
+def _config(
+    recipe: Recipe, dtype: Dtype, mtp: int, came_from: Origin | None, tokens: dict[str, int]
+) -> tuple[dict[str, Any], bool]:
     """config.json, and whether it is the origin's as it stands."""
     if came_from is None:
-        fresh = configs.config_of(recipe.model, mtp, recipe.training.sequence_length)
-        return configs.with_dtype(fresh, dtype), False
+        fresh = configs.config_of(recipe.model, mtp, recipe.training.sequence_length, tokens.get("eos_token_id"))
+        return configs.with_dtype(fresh | tokens, dtype), False
     config = dict(came_from.config)
     same = came_from.main_dtype == MAIN[dtype] and came_from.mtp == mtp
     stale = configs.contradictions(recipe, config, recipe.model.num_nextn_predict_layers)
