@@ -7,8 +7,9 @@ recipe; checkpoints keep the sha256 of tokenizer.json. Where a model came with a
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsv3_train import whole
@@ -44,7 +45,7 @@ class Home:
         definition = self.files.get(DEFINITION)
         return None if definition is None else hashlib.sha256(definition).hexdigest()
 
-    @property
+    @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """Raises UserError: there is no tokenizer.json, or it is damaged."""
         if DEFINITION not in self.files:
@@ -68,10 +69,10 @@ class Home:
 def find(run_dir: Path, recipe: Recipe) -> Home | None:
     """The tokenizer of a run: its own directory's, else what the run begins with; None where none is known.
 
-    The recipe's keys count where neither has a tokenizer.json.
+    The recipe's `data.tokenizer` counts where neither has a tokenizer.json, its `data.eos_token` in any case.
 
     Raises:
-        UserError: a file is damaged or a link to elsewhere.
+        UserError: a file is damaged or a link to elsewhere, or the vocabulary lacks `data.eos_token`.
     """
     home = _carried(run_dir, recipe, _DEEPEST)
     if home is None:
@@ -80,14 +81,18 @@ def find(run_dir: Path, recipe: Recipe) -> Home | None:
     if DEFINITION not in files and (named := _completed(recipe)):
         # A configuration that came with the model stays as it is.
         files = {**(named.files if CONFIGURATION not in files else {}), **files, DEFINITION: named.files[DEFINITION]}
-    return Home(files, home.place, recipe.data.eos_token)
+    home = Home(files, home.place, recipe.data.eos_token)
+    asked = home.eos_token if DEFINITION in files else None
+    if asked and special_tokens.spelling(files, "eos", str(home.place)) != asked:
+        return replace(home, files=home.tokenizer.complete())
+    return home
 
 
 def find_checked(run_dir: Path, recipe: Recipe) -> Home | None:
     """`find`, for a recipe that is to be trained, whose keys and data must have the same tokenizer.
 
     Raises:
-        UserError: names the one that has another; or see `find`.
+        UserError: names the one that has another, or another end of a document; or see `find`.
     """
     home = find(run_dir, recipe)
     if home is None or home.sha256 is None:
@@ -99,6 +104,11 @@ def find_checked(run_dir: Path, recipe: Recipe) -> Home | None:
             raise UserError(
                 f"{dataset.path}: was made with another tokenizer than {home.place}, which this model has; prepare it "
                 f"with --tokenizer {home.place}"
+            )
+        if made and home.tokenizer.ends_with not in (None, made.tokenizer.eos_id):
+            raise UserError(
+                f"{dataset.path}: its documents end with token {made.tokenizer.eos_id}, and by {home.place} with "
+                f"{home.tokenizer.ends_with}; prepare it otherwise, or set data.eos_token to its token as spelled"
             )
     return home
 
@@ -118,7 +128,7 @@ def refuse_named(home: Home, recipe: Recipe) -> None:
 
 
 def keep(run_dir: Path, recipe: Recipe) -> list[str]:
-    """Make RUN_DIR/tokenizer, or add to it what it lacks.
+    """Make RUN_DIR/tokenizer, or bring it up to the recipe.
 
     Returns what to say of it: a run that trained before there was such a directory is told where it is from.
 
@@ -130,7 +140,8 @@ def keep(run_dir: Path, recipe: Recipe) -> list[str]:
         return []
     folder = run_dir / FOLDER
     if folder.is_dir():
-        Home({name: home.files[name] for name in home.files if not (folder / name).exists()}, folder).write(folder)
+        if home.files != special_tokens.read(folder):
+            home.write(folder)
         return []
     unfinished = folder.with_name(f"{FOLDER}.unfinished")
     home.write(unfinished)

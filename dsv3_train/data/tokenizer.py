@@ -152,10 +152,15 @@ class Tokenizer:
         return self.special("eos")
 
     @property
+    def ends_with(self) -> int | None:
+        """`eos_id`; None where it is not known."""
+        return self.eos_id if "eos" in self._spellings else None
+
+    @property
     def stops(self) -> set[int]:
         """Ids that end a text that is generated, as far as they are known."""
         found = special_tokens.stops(self.files, self.name)
-        return found | {self.eos_id} if "eos" in self._spellings else found
+        return found if self.ends_with is None else found | {self.ends_with}
 
     def complete(self) -> dict[str, bytes]:
         """All its files, with what transformers needs of them.

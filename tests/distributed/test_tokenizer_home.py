@@ -157,6 +157,23 @@ def test_another_tokenizer_is_refused(run, data, tmp_path, capfd):
     assert "step_00000001: was trained with the tokenizer of sha256" in capfd.readouterr().err
 
 
+def test_one_end_of_a_document(data, tmp_path):
+    """That of data.eos_token goes into the configuration; data whose documents end otherwise is refused."""
+    where = tmp_path / "hf"
+    where.mkdir()
+    (where / "tokenizer.json").write_bytes((data / "own.tokenizer.json").read_bytes())
+    (where / "tokenizer_config.json").write_text('{"eos_token": "<|fim_end|>", "model_max_length": 9}')
+    run_dir = tmp_path / "run"
+    begins = {"checkpoint": {"load": f"hf:{where}"}}
+    with pytest.raises(UserError, match=r"own: its documents end with token 0, and by .*/hf with 3"):
+        tokenizer_home.keep(run_dir, settings(run_dir, data, **begins))
+    recipe = settings(run_dir, data, **begins)
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"eos_token": "<|eos_token|>"})})
+    assert tokenizer_home.keep(run_dir, recipe) == []
+    said = json.loads((run_dir / "tokenizer" / "tokenizer_config.json").read_text())
+    assert (said["eos_token"], said["pad_token"], said["model_max_length"]) == ("<|eos_token|>", "<|eos_token|>", 9)
+
+
 def test_the_directory_goes_with_the_run(run, data, tmp_path):
     """To a run that begins from it, whose source is gone later; data at the old path may be another's by then."""
     shutil.copytree(run, tmp_path / "first")
