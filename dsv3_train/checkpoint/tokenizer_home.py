@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from dsv3_train.checkpoint.hf.origin import PREFIX
 from dsv3_train.data import manifest, special_tokens
 from dsv3_train.data.sets import train_sets
 from dsv3_train.data.special_tokens import CONFIGURATION, DEFINITION
-from dsv3_train.data.tokenizer import Tokenizer, tokenizer_path
+from dsv3_train.data.tokenizer import Tokenizer, read_definition, tokenizer_path
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.load import load
 from dsv3_train.recipe.schema import Recipe
@@ -117,12 +118,12 @@ def refuse_named(home: Home, recipe: Recipe) -> None:
     """Refuse a tokenizer that the recipe's keys lead to and that is not the run's.
 
     Raises:
-        UserError: it is another one, or damaged.
+        UserError: it is another one, or cannot be read.
     """
-    named = _named(recipe)
-    if named and home.sha256 not in (None, named.sha256):
+    path = _path(recipe)
+    if path and home.sha256 not in (None, hashlib.sha256(read_definition(path)).hexdigest()):
         raise UserError(
-            f"{named.name}: another tokenizer than {home.place}, which this model has; set "
+            f"{path}: another tokenizer than {home.place}, which this model has; set "
             f"data.tokenizer={home.place}, and prepare data with that"
         )
 
@@ -133,9 +134,9 @@ def keep(run_dir: Path, recipe: Recipe) -> list[str]:
     Returns what to say of it: a run that trained before there was such a directory is told where it is from.
 
     Raises:
-        UserError: see `find_checked`; or the directory cannot be written.
+        UserError: see `find`; or the directory cannot be written.
     """
-    home = find_checked(run_dir, recipe)
+    home = find(run_dir, recipe)
     if home is None:
         return []
     folder = run_dir / FOLDER
@@ -144,6 +145,7 @@ def keep(run_dir: Path, recipe: Recipe) -> list[str]:
             home.write(folder)
         return []
     unfinished = folder.with_name(f"{FOLDER}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
     home.write(unfinished)
     unfinished.rename(folder)
     return [f"{folder}: made from {home.place}"] if complete(run_dir / "checkpoints") else []
@@ -205,22 +207,19 @@ def _carried(run_dir: Path, recipe: Recipe | None, depth: int) -> Home | None:
     return _carried(before, theirs, depth - 1) or (_completed(theirs) if theirs else None)
 
 
-def _named(recipe: Recipe) -> Tokenizer | None:
-    """What the recipe's keys lead to; None where that is nothing."""
+def _path(recipe: Recipe) -> Path | None:
+    """The tokenizer.json that the recipe's keys lead to; None where there is none."""
     try:
-        path = tokenizer_path(recipe)
+        return tokenizer_path(recipe)
     except UserError:
         return None
-    return Tokenizer.load(path, recipe.data.eos_token)
 
 
 def _completed(recipe: Recipe) -> Home | None:
     """What the recipe names, with all that an export needs unless nothing says which token ends a document."""
-    named = _named(recipe)
-    if named is None:
+    path = _path(recipe)
+    if path is None:
         return None
-    try:
-        files = named.complete()
-    except UserError:
-        files = dict(named.files)
-    return Home(files, Path(named.name), recipe.data.eos_token)
+    named = Tokenizer.load(path, recipe.data.eos_token)
+    files = dict(named.files) if named.ends_with is None else named.complete()
+    return Home(files, path, recipe.data.eos_token)

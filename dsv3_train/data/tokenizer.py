@@ -102,11 +102,7 @@ class Tokenizer:
                     "tokenizer.json of the same vocabulary"
                 )
             path /= DEFINITION
-        try:
-            definition = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; give the tokenizer.json to use") from None
-        return cls(definition, str(path), special_tokens.beside(path), eos_token)
+        return cls(read_definition(path), str(path), special_tokens.beside(path), eos_token)
 
     def special(self, role: str) -> int:
         """Id of the special token `role`: a key of SPELLINGS, `bos` or `pad`; of the last two, `eos` where there is
@@ -180,6 +176,18 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, special tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def read_definition(path: Path) -> bytes:
+    """A tokenizer.json as it is.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give the tokenizer.json to use") from None
 
 
 def train(texts: Iterable[str], vocab_size: int) -> bytes:

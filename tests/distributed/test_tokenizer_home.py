@@ -166,9 +166,10 @@ def test_one_end_of_a_document(data, tmp_path):
     run_dir = tmp_path / "run"
     begins = {"checkpoint": {"load": f"hf:{where}"}}
     with pytest.raises(UserError, match=r"own: its documents end with token 0, and by .*/hf with 3"):
-        tokenizer_home.keep(run_dir, settings(run_dir, data, **begins))
+        tokenizer_home.find_checked(run_dir, settings(run_dir, data, **begins))
     recipe = settings(run_dir, data, **begins)
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"eos_token": "<|eos_token|>"})})
+    assert tokenizer_home.find_checked(run_dir, recipe).tokenizer.eos_id == 0
     assert tokenizer_home.keep(run_dir, recipe) == []
     said = json.loads((run_dir / "tokenizer" / "tokenizer_config.json").read_text())
     assert (said["eos_token"], said["pad_token"], said["model_max_length"]) == ("<|eos_token|>", "<|eos_token|>", 9)

@@ -145,7 +145,9 @@ def _tokens(tokenizer: Home | None, notes: list[str]) -> dict[str, int]:
         return {}
     if tokens["bos_token_id"] != tokens["eos_token_id"]:
         begin = tokenizer.tokenizer.spelling("bos")
-        notes.append(f"by the tokenizer's configuration a text begins with {begin}; no document of our data does")
+        notes.append(
+            f"by the tokenizer's configuration a text begins with {begin}, and documents of `dsv3 data prepare` do not"
+        )
     return tokens
 
 
