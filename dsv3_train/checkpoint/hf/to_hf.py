@@ -145,9 +145,7 @@ def _tokens(tokenizer: Home | None, notes: list[str]) -> dict[str, int]:
         return {}
     if tokens["bos_token_id"] != tokens["eos_token_id"]:
         begin = tokenizer.tokenizer.spelling("bos")
-        notes.append(
-            f"by the tokenizer's configuration a text begins with {begin}, and documents of `dsv3 data prepare` do not"
-        )
+        notes.append(f"by the tokenizer's configuration a text begins with {begin}, which no document of our data does")
     return tokens
 
 
