@@ -27,7 +27,12 @@ def prepare(
         ),
     ],
     output: Annotated[str, typer.Option(help="Prefix of the files to write.", metavar="PREFIX")],
-    tokenizer: Annotated[Optional[str], typer.Option(help="A tokenizer.json; without it, train one.")] = None,
+    tokenizer: Annotated[
+        Optional[str], typer.Option(help="A tokenizer.json, or the directory that holds it; without it, train one.")
+    ] = None,
+    eos_token: Annotated[
+        Optional[str], typer.Option(help="Its token that ends a document (default: as its tokenizer_config.json says).")
+    ] = None,
     vocab_size: Annotated[Optional[int], typer.Option(help="Tokens of a trained tokenizer (default: 4096).")] = None,
     fim_rate: Annotated[
         float, typer.Option(help="Share of documents rearranged for fill-in-the-middle; 0.1 in the report.")
@@ -39,7 +44,7 @@ def prepare(
     ] = None,
     as_json: _AsJson = False,
 ) -> None:
-    """Tokenise text into PREFIX.bin, .idx, .tokenizer.json and .manifest.json.
+    """Tokenise text into PREFIX.bin, .idx, .tokenizer.json, .tokenizer_config.json and .manifest.json.
 
     A run that was killed goes on where it stopped; what is there already is not made again.
 
@@ -51,12 +56,22 @@ def prepare(
 
     if tokenizer and vocab_size:
         raise UserError("--vocab-size: the tokenizer of --tokenizer has its own; give one of the two")
+    if eos_token and not tokenizer:
+        raise UserError("--eos-token: a tokenizer that is trained has its own; give --tokenizer too, or leave it out")
     if not 0 <= fim_rate <= 1:
         raise UserError(f"--fim-rate: {fim_rate:g} is no share of documents; give 0 to 1")
     if vocab_size is not None and vocab_size < 1:
         raise UserError(f"--vocab-size: {vocab_size} is no number of tokens; give 260 or more")
     trained = {} if vocab_size is None else {"vocab_size": vocab_size}
-    settings = Prepare(inputs=inputs, output=output, tokenizer=tokenizer, fim_rate=fim_rate, seed=seed, **trained)
+    settings = Prepare(
+        inputs=inputs,
+        output=output,
+        tokenizer=tokenizer,
+        eos_token=eos_token,
+        fim_rate=fim_rate,
+        seed=seed,
+        **trained,
+    )
     with progress() as report:
         manifest = run(settings, report, text_key=text_key, workers=workers, compare=True)
     print(manifest.model_dump_json(indent=1) if as_json else _summary(output, manifest))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsv3_train.checkpoint import tokenizer_home
 from dsv3_train.checkpoint.hf import config, config_out, fp8, from_hf, inspect, names, to_hf
 from dsv3_train.data import tokenizer
 from dsv3_train.errors import UserError
@@ -204,18 +205,22 @@ def test_an_mscale_of_zero_is_not_exported(tmp_path, both):
 
 
 def test_tokens_of_a_model_trained_here(tmp_path):
-    """The tokenizer's end-of-document token, for both ends; neither without a tokenizer that has one."""
+    """The tokenizer's end-of-document token, for all ends; none without a tokenizer that has one."""
     file, notes = tmp_path / "tokenizer.json", []
     file.write_bytes(tokenizer.train(["def f(x): return x"] * 9, 300))
     recipe = load("smoke", [f"data.tokenizer={file}"])
-    assert to_hf._tokenizer(recipe, notes) == (file, 0)
+
+    def tokens() -> dict[str, int]:
+        return to_hf._tokens(tokenizer_home.find(tmp_path / "run", recipe), notes)
+
+    assert tokens() == {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     assert notes == []
     raw = json.loads(file.read_text())
     raw["added_tokens"] = [token for token in raw["added_tokens"] if "eos" not in token["content"]]
     file.write_text(json.dumps(raw))
-    assert to_hf._tokenizer(recipe, notes) == (file, None)
+    assert tokens() == {}
     file.unlink()
-    assert to_hf._tokenizer(recipe, notes) == (None, None)
+    assert tokens() == {}
     assert ["config.json has no eos_token_id" in note for note in notes] == [True, True]
     keys = ("bos_token_id", "eos_token_id")
     assert [config_out.config_of(recipe.model, 0, 64, 5).get(key) for key in keys] == [5, 5]

@@ -105,7 +105,7 @@ def test_every_document_once_as_megatron_reads_it(corpus, tmp_path):
     assert made.max_token == max(map(max, found))
     assert load(str(out)) == made
     assert sorted(path.name for path in tmp_path.glob("out*")) == [
-        f"out.{end}" for end in ("bin", "idx", "manifest.json", "tokenizer.json")
+        f"out.{end}" for end in ("bin", "idx", "manifest.json", "tokenizer.json", "tokenizer_config.json")
     ]
 
 

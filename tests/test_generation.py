@@ -38,16 +38,13 @@ dist_checkpointing.save(state, str(path))
 GENERATED = """
 import sys, json, torch
 from pathlib import Path
-from types import SimpleNamespace
 from dsv3_train.generation import command, sample
 def seen(model, *arguments, **options):
     kept = {name: bias.float().tolist() for name, bias in model.named_buffers() if name.endswith("expert_bias")}
     print(json.dumps(kept))
     return iter(())
 sample.continuation = seen
-command.tokenizer_path = lambda recipe: Path("unused")
-command.Tokenizer = SimpleNamespace(load=lambda path: SimpleNamespace(eos_id=0, encode=lambda text: [], decode=str))
-command.run(Path(sys.argv[1]) / "checkpoints" / "step_00000000", [], command.Request("", 1, 0.0, 1.0, 0, False))
+command.run(Path(sys.argv[1]) / "checkpoints" / "step_00000000", [], command.Request("", [0], 1, 0.0, 1.0, 0, False))
 """
 
 

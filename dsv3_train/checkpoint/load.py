@@ -29,6 +29,7 @@ from dsv3_train.checkpoint.state import (
     topology,
     training_state,
 )
+from dsv3_train.checkpoint.tokenizer_home import TOKENIZER, refuse_other
 from dsv3_train.errors import UserError
 from dsv3_train.optim.ema import ParameterEma
 from dsv3_train.recipe.schema import Recipe
@@ -139,19 +140,28 @@ def _verified(path: Path, demanded: bool = True) -> str | None:
 
 
 def load_training(
-    path: Path, recipe: Recipe, chunks: list[GPTModel], optimizer: MegatronOptimizer, ema: ParameterEma | None
+    path: Path,
+    recipe: Recipe,
+    chunks: list[GPTModel],
+    optimizer: MegatronOptimizer,
+    ema: ParameterEma | None,
+    tokenizer: str | None = None,
 ) -> tuple[Position, Guarded, list[str]]:
     """Put a checkpoint into model, optimizer and average.
 
     The layout may be another than the one that saved. Collective.
 
+    Args:
+        tokenizer: sha256 of the run's tokenizer.json; None: not known.
+
     Returns:
         the position, what the guard against bad batches knew, and what was not restored, in words.
 
     Raises:
-        UserError: not a checkpoint, damaged, or of another model.
+        UserError: not a checkpoint, damaged, or of another model or tokenizer.
     """
     common = _common(path)
+    refuse_other(common.get(TOKENIZER), tokenizer, path)
     # On one node the others find in memory what one has read.
     once = recipe.parallel.world_size > recipe.parallel.gpus_per_node
     if "optimizer" not in common:  # weights alone, as `dsv3 convert from-hf` leaves them
@@ -211,17 +221,19 @@ def refuse_rounded_masters(recipe: Recipe, path: Path) -> None:
         )
 
 
-def load_weights(path: Path, chunks: list[GPTModel], once: bool = False) -> Position:
+def load_weights(path: Path, chunks: list[GPTModel], once: bool = False, tokenizer: str | None = None) -> Position:
     """Put a checkpoint's weights and routing biases into `chunks`. Collective.
 
     Args:
         once: data-parallel ranks share the reading (checkpoint/sharing.py).
+        tokenizer: sha256 of the tokenizer.json in use; None: none is.
 
     Raises:
-        UserError: not a checkpoint, damaged, or of another model.
+        UserError: not a checkpoint, damaged, or of another model or tokenizer.
     """
     refuse_damaged(path)
     common = _common(path)
+    refuse_other(common.get(TOKENIZER), tokenizer, path)
     loaded = _load(path, dict(model_state(chunks)), dist_checkpointing.load_tensors_metadata(str(path)), once)
     set_model_state(chunks, loaded)
     return Position(**common["position"])

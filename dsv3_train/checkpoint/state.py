@@ -12,6 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import convert_cuda_rng_state
 
+from dsv3_train.checkpoint.tokenizer_home import TOKENIZER
 from dsv3_train.model.init import sharding_metadata
 from dsv3_train.optim.build import begin_moments
 from dsv3_train.optim.ema import ParameterEma
@@ -85,8 +86,13 @@ def training_state(
     *,
     loading: bool,
     with_random_state: bool,
+    tokenizer: str | None = None,
 ) -> dict[str, Any]:
-    """Everything that a resumed run needs, as Megatron's sharded state dict."""
+    """Everything that a resumed run needs, as Megatron's sharded state dict.
+
+    Args:
+        tokenizer: sha256 of the run's tokenizer.json, for TOKENIZER; None: not known.
+    """
     models = model_state(chunks)
     if not loading:
         begin_moments(optimizer)
@@ -96,6 +102,7 @@ def training_state(
         "position": asdict(position),
         "guarded": asdict(guarded),
         "topology": topology(recipe),
+        TOKENIZER: tokenizer,
     }
     if ema is not None:
         state["ema"] = ema.sharded_state_dict()

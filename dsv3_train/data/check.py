@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dsv3_train.data import index, manifest
 from dsv3_train.data.sets import first_valid, train_sets
-from dsv3_train.data.tokenizer import Tokenizer, tokenizer_path
+from dsv3_train.data.tokenizer import recipe_tokenizer, tokenizer_path
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.schema import Dataset, Recipe
 
@@ -49,7 +49,7 @@ def _check_tokenizer(recipe: Recipe, train: list[Dataset]) -> str | None:
     """Its sha256; None if the recipe names none and the first dataset brings none (training itself needs none)."""
     if recipe.data.tokenizer is None and not Path(f"{train[0].path}.tokenizer.json").is_file():
         return None
-    tokenizer = Tokenizer.load(tokenizer_path(recipe))
+    tokenizer = recipe_tokenizer(recipe)
     if tokenizer.vocab_size > recipe.model.vocab_size:
         raise UserError(
             f"{tokenizer.name}: has {tokenizer.vocab_size} tokens, but model.vocab_size is {recipe.model.vocab_size}; "

@@ -26,6 +26,8 @@ class Settings(_Part):
     fim_rate: float
     seed: int
     text_key: str
+    eos_token: Union[str, None] = None
+    """That was asked for; None: by the tokenizer's configuration."""
 
 
 class Counts(_Part):

@@ -23,6 +23,7 @@ from dsv3_train.data.inputs import InputFile, find
 from dsv3_train.data.manifest import Manifest
 from dsv3_train.data.merge import merge
 from dsv3_train.data.shard import Part, Shard, Work
+from dsv3_train.data.special_tokens import CONFIGURATION, DEFINITION
 from dsv3_train.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer, train
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.schema import Prepare
@@ -35,7 +36,7 @@ Progress = Callable[[str, int, int], None]
 TRAINING_BOUND = 32_000_000
 """Characters that a tokenizer is trained on at most: BPE merges settle long before, time and memory do not."""
 _LARGEST_VOCABULARY = 1 << 24
-_PUBLISHED = ("bin", "idx", "tokenizer.json", "manifest.json")
+_PUBLISHED = ("bin", "idx", "tokenizer.json", "tokenizer_config.json", "manifest.json")
 
 
 class BeingPrepared(UserError):
@@ -52,9 +53,9 @@ def prepare(
 ) -> Manifest:
     """Make the dataset at `settings.output`, or return at once if it is there.
 
-    Writes OUTPUT.bin, .idx, .tokenizer.json and, last, .manifest.json, each by rename from OUTPUT.parts, where a
-    killed run leaves what it had finished. The result depends on inputs and settings alone, not on `workers`
-    (processes; None: one per core).
+    Writes OUTPUT.bin, .idx, .tokenizer.json, .tokenizer_config.json and, last, .manifest.json, each by rename from
+    OUTPUT.parts, where a killed run leaves what it had finished. The result depends on inputs and settings alone, not
+    on `workers` (processes; None: one per core).
 
     Args:
         compare: refuse data that is there if its inputs hold other files now (`changed_inputs`).
@@ -76,7 +77,13 @@ def prepare(
 
 def _prepare(settings: Prepare, progress: Progress, text_key: str, workers: int, compare: bool) -> Manifest:
     prefix = _checked_prefix(settings.output)
-    given = Tokenizer.load(settings.tokenizer) if settings.tokenizer else None
+    given = Tokenizer.load(settings.tokenizer, settings.eos_token) if settings.tokenizer else None
+    if given and given.eos_id in given.encode(given.spelling("eos")):
+        raise UserError(
+            f"{given.name}: takes a text that spells {given.spelling('eos')} for the end of a document; give another"
+        )
+    if settings.eos_token and not given:
+        raise UserError("eos_token: is for a tokenizer that is given; one that is trained has its own; leave it out")
     asked = manifest.Settings(
         inputs=settings.inputs,
         tokenizer=given.sha256 if given else None,
@@ -84,8 +91,9 @@ def _prepare(settings: Prepare, progress: Progress, text_key: str, workers: int,
         fim_rate=settings.fim_rate,
         seed=settings.seed,
         text_key=text_key,
+        eos_token=settings.eos_token,
     )
-    if existing := _existing(prefix, asked):
+    if existing := _existing(prefix, asked, given.eos_id if given else None):
         if compare and (changes := changed_inputs(settings)):
             raise UserError(f"{prefix}: {changes}; {_again(prefix)}")
         return existing
@@ -111,7 +119,7 @@ def _prepare(settings: Prepare, progress: Progress, text_key: str, workers: int,
             text_key=text_key,
             dtype="uint16" if tokenizer.vocab_size <= 2**16 else "int32",
         )
-        shards = shard.plan(files, hashes, work, tokenizer.sha256)
+        shards = shard.plan(files, hashes, work, f"{tokenizer.sha256} {tokenizer.eos_id}")
         results = _tokenise(shards, work, pool, progress)
         counts, bad = _counts(files, results)
         if counts.documents == 0:
@@ -143,7 +151,9 @@ def _prepare(settings: Prepare, progress: Progress, text_key: str, workers: int,
         )
         manifest.save(result, parts / "manifest.json")
         shutil.copyfile(tokenizer.name, parts / "published.json")
-        finished = (merged.bin, merged.idx, parts / "published.json", parts / "manifest.json")
+        (parts / "published_config.json").write_bytes(tokenizer.complete()[CONFIGURATION])
+        told = (parts / "published.json", parts / "published_config.json", parts / "manifest.json")
+        finished = (merged.bin, merged.idx, *told)
         for unfinished, name in zip(finished, _PUBLISHED, strict=True):
             _publish(unfinished, Path(f"{prefix}.{name}"))
     return result
@@ -157,8 +167,8 @@ def _checked_prefix(prefix: str) -> str:
     return prefix
 
 
-def _existing(prefix: str, asked: manifest.Settings) -> Manifest | None:
-    """What is at `prefix` if it is what is asked for; None if nothing is."""
+def _existing(prefix: str, asked: manifest.Settings, eos_id: int | None) -> Manifest | None:
+    """What is at `prefix` if it is what is asked for, `eos_id` ending its documents; None if nothing is."""
     found = manifest.load(prefix)
     if found is None:
         for name in ("bin", "idx"):
@@ -174,6 +184,8 @@ def _existing(prefix: str, asked: manifest.Settings) -> Manifest | None:
             raise UserError(
                 f"{prefix}: prepared with {key} {getattr(found.settings, key)!r}, not {value!r}; {_again(prefix)}"
             )
+    if eos_id not in (None, found.tokenizer.eos_id):
+        raise UserError(f"{prefix}: documents end with token {found.tokenizer.eos_id}, not {eos_id}; {_again(prefix)}")
     index.read(prefix)
     return found
 
@@ -271,9 +283,9 @@ def _tokenizer(
 ) -> tuple[Tokenizer, int | None]:
     """The tokenizer as a file in `parts`, and the characters it was trained on."""
     if given:
-        path = parts / "given.json"
-        shutil.copyfile(settings.tokenizer or "", path)
-        return Tokenizer.load(path), None
+        for name, bytes_of in given.complete().items():  # workers take their tokens from the configuration
+            (parts / f"given.{name}").write_bytes(bytes_of)
+        return Tokenizer.load(parts / f"given.{DEFINITION}"), None
     content = "".join(hashes[file.path] for file in files)
     key = hashlib.sha256(f"{settings.vocab_size} {text_key} {TRAINING_BOUND} {content}".encode()).hexdigest()[:32]
     sizes = list(parts.glob(f"trained-{key}-*.json"))

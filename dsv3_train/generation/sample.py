@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
@@ -48,10 +48,10 @@ def continuation(
     temperature: float,
     top_p: float,
     seed: int,
-    stop: int,
+    stops: Collection[int],
     device: str,
 ) -> Iterator[int]:
-    """Token ids after `prompt`, until `stop` (not yielded) or `max_new_tokens`.
+    """Token ids after `prompt`, until one of `stops` (not yielded) or `max_new_tokens`.
 
     With experts spread over several ranks every rank runs this; rank 0 draws for all.
     """
@@ -61,7 +61,7 @@ def continuation(
     for _ in range(max_new_tokens):
         token = torch.tensor([[choose(decoder.read(tokens), temperature, top_p, generator)]], device=device)
         torch.distributed.broadcast(token, 0)
-        if int(token) == stop:
+        if int(token) in stops:
             return
         yield int(token)
         tokens = token

@@ -180,7 +180,10 @@ class Prepare(Section):
     output: str
     """Prefix of the indexed dataset to write."""
     tokenizer: Union[str, None] = None
-    """A `tokenizer.json`; null: train a byte-level BPE of `vocab_size` tokens on the inputs."""
+    """A `tokenizer.json`, or the directory that holds it; null: train a byte-level BPE of `vocab_size` tokens on the
+    inputs."""
+    eos_token: Union[str, None] = None
+    """The token of `tokenizer` that ends a document, as it is spelled; null: its configuration's."""
     vocab_size: PositiveInt = 4096
     fim_rate: float = Field(default=0.0, ge=0, le=1)
     """Share of documents rearranged for fill-in-the-middle (PSM); 0.1 in the report, section 4.1."""
@@ -193,7 +196,9 @@ class Data(Section):
     """Empty: the last `valid_fraction` of each training dataset's documents."""
     valid_fraction: float = Field(default=0.01, ge=0, lt=1)
     tokenizer: Union[str, None] = None
-    """null: PREFIX.tokenizer.json of the first training dataset."""
+    """A `tokenizer.json`, or the directory that holds it; null: PREFIX.tokenizer.json of the first training dataset."""
+    eos_token: Union[str, None] = None
+    """The token that ends a document, as it is spelled; null: the configuration's beside the tokenizer."""
     prepare: Union[Prepare, None] = None
     seed: int = 1234
     """Order of documents and samples."""

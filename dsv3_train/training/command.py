@@ -9,6 +9,7 @@ import signal
 import time
 from pathlib import Path
 
+from dsv3_train.checkpoint import tokenizer_home
 from dsv3_train.checkpoint.directory import complete, resolve
 from dsv3_train.checkpoint.hf.origin import PREFIX
 from dsv3_train.data import manifest
@@ -127,6 +128,7 @@ def _train_on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) 
         if joined:
             ready_data(recipe)
         notes += open_run_dir(run_dir, recipe, dump(recipe), topology(recipe))
+        notes += tokenizer_home.keep(run_dir, recipe)
         if recipe.data.prepare and (changes := changed_inputs(recipe.data.prepare)):
             notes.append(f"{recipe.data.prepare.output}: {changes}; the run takes it as it is")
         write_state(run_dir, "running")

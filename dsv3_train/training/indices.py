@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from dsv3_train.checkpoint import tokenizer_home
 from dsv3_train.data import datasets
 from dsv3_train.data.prepare import BeingPrepared, prepare
 from dsv3_train.errors import UserError
@@ -34,7 +35,11 @@ class Indexed:
 
 
 def ready_data(recipe: Recipe) -> None:
-    """Prepare what the recipe says, unless it is there; runs that begin together (a sweep) do so once."""
+    """Prepare what the recipe says, unless it is there; runs that begin together (a sweep) do so once.
+
+    Raises:
+        UserError: see `datasets.check` and `tokenizer_home.find_checked`.
+    """
     waited = False
     while recipe.data.prepare:
         try:
@@ -46,6 +51,7 @@ def ready_data(recipe: Recipe) -> None:
             waited = True
             time.sleep(1)
     datasets.check(recipe)
+    tokenizer_home.find_checked(recipe.run_dir, recipe)
 
 
 def eval_sequences(recipe: Recipe) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from dsv3_train.checkpoint import tokenizer_home
 from dsv3_train.checkpoint.directory import complete, resolve
 from dsv3_train.checkpoint.hf.fill import carry, load_published
 from dsv3_train.checkpoint.hf.origin import PREFIX
@@ -20,6 +21,14 @@ from dsv3_train.training.guard import Guard
 from dsv3_train.training.step import Trainer
 
 
+def tokenizer_of(run_dir: Path, recipe: Recipe) -> str | None:
+    """sha256 of the run's tokenizer.json, by rank 0; None: not known. Collective."""
+    home = tokenizer_home.find(run_dir, recipe) if torch.distributed.get_rank() == 0 else None
+    found = [home.sha256 if home else None]
+    torch.distributed.broadcast_object_list(found)
+    return found[0]
+
+
 @dataclass(frozen=True)
 class Resume:
     """Fills one rank's model, optimizer, average and guard with what a checkpoint holds of them."""
@@ -29,6 +38,8 @@ class Resume:
     trainer: Trainer
     ema: ParameterEma | None
     guard: Guard
+    tokenizer: str | None = None
+    """sha256 of the run's tokenizer.json; None: not known."""
 
     def find(self, told: Callable[[str], None]) -> Position:
         """Load what the run begins with. Collective.
@@ -87,7 +98,9 @@ class Resume:
             UserError: damaged, or of another training.
         """
         trainer, length = self.trainer, self.recipe.training.sequence_length
-        position, guarded, notes = load_training(path, self.recipe, trainer.models, trainer.optimizer, self.ema)
+        position, guarded, notes = load_training(
+            path, self.recipe, trainer.models, trainer.optimizer, self.ema, self.tokenizer
+        )
         samples, tokens = position.consumed_samples, position.consumed_tokens
         if tokens != samples * length:
             raise UserError(

@@ -33,7 +33,7 @@ from dsv3_train.training.guard import Guard, Verdict
 from dsv3_train.training.log import RunLog
 from dsv3_train.training.losses import Losses
 from dsv3_train.training.record import StepRecord
-from dsv3_train.training.resume import Resume
+from dsv3_train.training.resume import Resume, tokenizer_of
 from dsv3_train.training.speed import Speed, StepClock
 from dsv3_train.training.startup import Startup
 from dsv3_train.training.step import (
@@ -81,7 +81,8 @@ class Run:
         self.ema = ParameterEma(self.trainer.models, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
         startup.mark("model and optimizer")
         self.guard = Guard(recipe, run_dir, self.trainer, stop, self._incident)
-        self.resume = Resume(recipe, run_dir, self.trainer, self.ema, self.guard)
+        self.tokenizer = tokenizer_of(run_dir, recipe)
+        self.resume = Resume(recipe, run_dir, self.trainer, self.ema, self.guard, self.tokenizer)
         said: list[str] = []
         self.position = self.resume.find(said.append)
         self._plan_from_here(said.append)
@@ -391,5 +392,6 @@ class Run:
             self.ema,
             loading=False,
             with_random_state=True,
+            tokenizer=self.tokenizer,
         )
         self.writer.save(state, self.position.step, functools.partial(fill, self.trainer.optimizer))

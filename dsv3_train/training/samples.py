@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Union
 
-from dsv3_train.data.tokenizer import Tokenizer, tokenizer_path
+from dsv3_train.checkpoint import tokenizer_home
 from dsv3_train.errors import UserError
 from dsv3_train.optim.schedules import Schedules
 from dsv3_train.recipe.load import load
@@ -44,8 +44,8 @@ def samples(run_dir: Path, asked: list[str]) -> list[Sample]:
     numbers = list(dict.fromkeys(number for text in asked for number in _numbers(text, known, total)))
     distributed.prepare_import(distributed.device_of(recipe))
     dataset, _ = indices.of_run(recipe, run_dir)
-    path = Path(tokenizer_path(recipe))
-    tokenizer = Tokenizer.load(path) if path.is_file() else None
+    home = tokenizer_home.find(run_dir, recipe)
+    tokenizer = home.tokenizer if home and home.sha256 else None
     found = []
     for number in numbers:
         tokens = dataset[number]["tokens"].tolist()

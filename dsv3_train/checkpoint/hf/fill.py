@@ -37,7 +37,9 @@ def load_published(path: Path, recipe: Recipe, chunks: list[GPTModel], run_dir: 
     directory.check_files()
     modules = recipe.model.num_nextn_predict_layers
     if modules and not directory.mtp:
-        uncounted = beside.undeclared_layers(directory.tensors, int(configs.settings(directory.config)["num_hidden_layers"]))
+        uncounted = beside.undeclared_layers(
+            directory.tensors, int(configs.settings(directory.config)["num_hidden_layers"])
+        )
         if uncounted:
             raise UserError(
                 f"{path / 'config.json'}: num_nextn_predict_layers: 0, but the files have MTP in layer "

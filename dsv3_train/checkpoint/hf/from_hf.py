@@ -20,6 +20,8 @@ from dsv3_train.checkpoint.hf.published import Directory, absent_copies, find, o
 from dsv3_train.checkpoint.hf.sharded_writer import Part, Placed, finish, write_parts
 from dsv3_train.checkpoint.hf.sides import Published, blocks
 from dsv3_train.checkpoint.hf.work import Progress, Unit
+from dsv3_train.checkpoint.tokenizer_home import FOLDER, TOKENIZER, Home
+from dsv3_train.data import special_tokens
 from dsv3_train.errors import UserError
 from dsv3_train.recipe import load as recipes
 from dsv3_train.recipe.schema import Recipe
@@ -48,6 +50,7 @@ class Plan:
     mtp: int
     found: list[Published]
     files: list[list[Block]]
+    tokenizer: Home
     notes: list[str]
 
     @property
@@ -93,6 +96,8 @@ def make_plan(
     directory = open_directory(source)
     directory.check_files()
     modules, notes = _mtp(directory, mtp)
+    notes += origin.left_out(source)
+    tokenizer = Home(special_tokens.read(source), source)
     recipe = make_recipe(directory, recipe_ref, overrides, modules, name)
     found = find(directory, recipe.model, modules)
     notes += configs.notes(directory.config)
@@ -102,7 +107,7 @@ def make_plan(
     if rounded:
         notes.append(f"{rounded[0].weight.name} and all routing biases are {rounded[0].stored.dtype} in these files")
     notes += beside.told(directory.beside)
-    return Plan(directory, recipe, modules, found, _files(found, dtype), notes)
+    return Plan(directory, recipe, modules, found, _files(found, dtype), tokenizer, notes)
 
 
 def _mtp(directory: Directory, asked: Mtp | None) -> tuple[int, list[str]]:
@@ -200,7 +205,9 @@ def _nbytes(block: Block) -> int:
 
 
 def convert(plan: Plan, target: Path, workers: int | None, progress: Progress) -> dict[str, Any]:
-    """Write TARGET: a run directory with `recipe.yaml`, `checkpoints/step_00000000` and `hf/`; whole or not at all.
+    """Write TARGET: a run directory with `recipe.yaml`, `checkpoints/step_00000000`, `hf/` and `tokenizer/`.
+
+    It is there whole or not at all.
 
     Peak memory is `work.WORKER_BYTES` for each of at most `work.MOST_WORKERS` workers, whatever the model's size.
 
@@ -217,7 +224,8 @@ def convert(plan: Plan, target: Path, workers: int | None, progress: Progress) -
         written = work.run(where, write_file, units, count, progress, "converting")
         parts = [[block.part for block in file] for file in plan.files]
         placed = [of_file for of_file, _ in written]
-        finish(checkpoint, list(zip(parts, placed, strict=True)), {"position": _NOTHING_DONE, "topology": {}})
+        small = {"position": _NOTHING_DONE, "topology": {}, TOKENIZER: plan.tokenizer.sha256}
+        finish(checkpoint, list(zip(parts, placed, strict=True)), small)
         (where / "recipe.yaml").write_text(recipes.dump(plan.recipe), encoding="utf-8")
         looked = {
             name: scales.Looked(Rule(*rule) if rule else None, lossy)
@@ -226,6 +234,7 @@ def convert(plan: Plan, target: Path, workers: int | None, progress: Progress) -
         }
         absent = absent_copies(plan.directory, plan.recipe.model, plan.mtp)
         origin.keep(plan.directory, plan.found, absent, looked, where / origin.FOLDER)
+        plan.tokenizer.write(where / FOLDER)
     report = plan.report()
     changing = sorted(name for name, one in looked.items() if one.lossy)
     return {

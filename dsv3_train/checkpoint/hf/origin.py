@@ -1,8 +1,9 @@
 """What a checkpoint keeps of the Hugging Face directory that it came from, so that it can go back as it was.
 
-Beside the checkpoint, in `hf/`: the files that are no weights (config.json, tokenizer, licence), the index, facts of
-the tensors in `tensors.json`, and some of them by their bytes (kept.py). A run that begins from a checkpoint or from a
-directory has a copy of its own.
+Beside the checkpoint, in `hf/`: the files that are no weights (config.json, licence, code, which is never run), the
+index, facts of the tensors in `tensors.json`, and some of them by their bytes (kept.py). A run that begins from a
+checkpoint or from a directory has a copy of its own. The tokenizer's files have a place of their own
+(checkpoint/tokenizer_home.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsv3_train import regular
 from dsv3_train.checkpoint.directory import resolve
 from dsv3_train.checkpoint.hf import config as configs
 from dsv3_train.checkpoint.hf import kept, language
@@ -26,6 +28,7 @@ from dsv3_train.checkpoint.hf.names import SCALE, Weight
 from dsv3_train.checkpoint.hf.published import INDEX, Directory, absent_copies, open_directory, present
 from dsv3_train.checkpoint.hf.scales import Looked
 from dsv3_train.checkpoint.hf.sides import Published
+from dsv3_train.data.special_tokens import FILES
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.load import load
 
@@ -34,7 +37,6 @@ PREFIX = "hf:"
 """Of `checkpoint.load`: a Hugging Face directory."""
 _TENSORS = "tensors.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-_LARGEST = 64 << 20  # bytes; a tokenizer is a tenth of that
 _DEEPEST = 10  # runs that began from one another's checkpoints
 
 
@@ -122,7 +124,7 @@ def keep(
     to.mkdir(exist_ok=True)
     copy_others(directory.path, to)
     if directory.weight_map is not None:
-        shutil.copyfile(directory.path / INDEX, to / INDEX)
+        (to / INDEX).write_bytes(regular.contents(directory.path / INDEX))
     kept.write(to, _to_keep(directory, found))
     rules = {name: one.rule for name, one in looked.items()}
     usual = Counter(rules.values()).most_common(1)[0][0] if rules else None
@@ -140,12 +142,41 @@ def keep(
     (to / _TENSORS).write_text(json.dumps(facts), encoding="utf-8")
 
 
-def copy_others(source: Path, target: Path) -> None:
-    """Copy a directory's files that are neither weights, nor an index of them, nor ours."""
+def copy_others(source: Path, target: Path) -> list[str]:
+    """Copy a directory's files that are neither weights, nor an index of them, nor the tokenizer's, nor ours.
+
+    Returns a line for each that is left out: what a link leads to elsewhere, what is no file or too large.
+
+    Raises:
+        UserError: config.json is such a one.
+    """
+    notes = []
+    for name, content in _others(source):
+        if isinstance(content, bytes):
+            (target / name).write_bytes(content)
+        else:
+            notes.append(f"left out: {content}")
+    return notes
+
+
+def left_out(source: Path) -> list[str]:
+    """What `copy_others` would say, and the same errors, with the index looked at too."""
+    if (source / INDEX).is_symlink():
+        regular.contents(source / INDEX)
+    return [f"left out: {content}" for _, content in _others(source) if isinstance(content, UserError)]
+
+
+def _others(source: Path) -> Iterator[tuple[str, bytes | UserError]]:
     for file in sorted(source.iterdir()):
-        plain = file.is_file() and not file.name.startswith(".") and not file.name.endswith(_WEIGHTS)
-        if plain and file.name not in (INDEX, _TENSORS) and file.stat().st_size <= _LARGEST:
-            shutil.copyfile(file, target / file.name)
+        theirs = not file.name.startswith(".") and not file.name.endswith(_WEIGHTS)
+        if not theirs or file.name in (INDEX, _TENSORS, *FILES) or (file.is_dir() and not file.is_symlink()):
+            continue
+        try:
+            yield file.name, regular.contents(file)
+        except UserError as error:
+            if file.name == "config.json":
+                raise
+            yield file.name, error
 
 
 def find(checkpoint: Path) -> Origin | None:

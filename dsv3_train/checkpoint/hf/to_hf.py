@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
 from math import prod
@@ -13,6 +12,8 @@ from typing import Any, Literal
 
 import torch
 
+from dsv3_train import regular
+from dsv3_train.checkpoint import tokenizer_home
 from dsv3_train.checkpoint.hf import beside, config_out, fp8, kept, language, origin, work
 from dsv3_train.checkpoint.hf import config as configs
 from dsv3_train.checkpoint.hf.files import DTYPES, Layout, Stored, itemsize, layout, write_at
@@ -22,6 +23,7 @@ from dsv3_train.checkpoint.hf.published import INDEX, SINGLE
 from dsv3_train.checkpoint.hf.run import checkpoint_side, recipe_beside
 from dsv3_train.checkpoint.hf.sides import Sharded, accelerator, blocks
 from dsv3_train.checkpoint.hf.work import Progress, Unit
+from dsv3_train.checkpoint.tokenizer_home import Home
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.schema import Recipe
 
@@ -81,8 +83,7 @@ class Plan:
     verbatim: bool
     """config.json is the origin's, byte for byte."""
     origin: Origin | None
-    tokenizer: Path | None
-    """To be copied; None where the origin's files are."""
+    tokenizer: Home | None
     notes: list[str]
 
     def contents(self, file: str) -> dict[str, Described]:
@@ -134,8 +135,12 @@ def make_plan(checkpoint: Path, dtype: Dtype | None, mtp: Mtp | None) -> Plan:
     described = {name: tensor for output in made for name, tensor in _tensors(output).items()}
     described |= {name: (stored.dtype, stored.shape) for name, stored in others.items()}
     weight_map, index = _placed(described, came_from, came_from is not None and came_from.main_dtype == MAIN[chosen])
-    tokenizer, eos_id = _tokenizer(recipe, notes) if came_from is None else (None, None)
-    config, verbatim = _config(recipe, chosen, modules, came_from, eos_id)
+    notes += origin.left_out(came_from.folder) if came_from else []
+    tokenizer = tokenizer_home.find(checkpoint.parent.parent, recipe)
+    if tokenizer:
+        tokenizer_home.refuse_other(tokenizer_home.recorded(checkpoint), tokenizer.sha256, checkpoint)
+    tokens = {} if came_from else _tokens(tokenizer, notes)
+    config, verbatim = _config(recipe, chosen, modules, came_from, tokens)
     notes += configs.notes(config)
     return Plan(
         checkpoint,
@@ -155,21 +160,22 @@ def make_plan(checkpoint: Path, dtype: Dtype | None, mtp: Mtp | None) -> Plan:
     )
 
 
-def _tokenizer(recipe: Recipe, notes: list[str]) -> tuple[Path | None, int | None]:
-    """The recipe's tokenizer and the id of its end-of-document token, as far as they are known; else a note."""
-    from dsv3_train.data.tokenizer import Tokenizer, tokenizer_path
-
+def _tokens(tokenizer: Home | None, notes: list[str]) -> dict[str, int]:
+    """config.json's ids of the tokens that begin and end a text and fill a batch, as far as they are known; else a
+    note."""
     without = "config.json has no eos_token_id and bos_token_id, for which transformers takes 1 and 0"
-    try:
-        path = tokenizer_path(recipe)
-    except (UserError, IndexError):
+    if tokenizer is None or tokenizer.sha256 is None:
         notes.append(f"no tokenizer is known: none was written, and {without}")
-        return None, None
+        return {}
     try:
-        return path, Tokenizer.load(path).eos_id
+        tokens = {f"{role}_token_id": tokenizer.tokenizer.special(role) for role in ("bos", "eos", "pad")}
     except UserError as error:
         notes.append(f"{error}; {without}")
-        return path, None
+        return {}
+    if tokens["bos_token_id"] != tokens["eos_token_id"]:
+        begin = tokenizer.tokenizer.spelling("bos")
+        notes.append(f"by the tokenizer's configuration a text begins with {begin}, which no document of our data does")
+    return tokens
 
 
 def _output(one: Sharded, chosen: Dtype, came_from: Origin | None) -> Output:
@@ -260,12 +266,12 @@ def _placed(
 
 
 def _config(
-    recipe: Recipe, dtype: Dtype, mtp: int, came_from: Origin | None, eos_id: int | None
+    recipe: Recipe, dtype: Dtype, mtp: int, came_from: Origin | None, tokens: dict[str, int]
 ) -> tuple[dict[str, Any], bool]:
     """config.json, and whether it is the origin's as it stands."""
     if came_from is None:
-        fresh = config_out.config_of(recipe.model, mtp, recipe.training.sequence_length, eos_id)
-        return config_out.with_dtype(fresh, dtype), False
+        fresh = config_out.config_of(recipe.model, mtp, recipe.training.sequence_length, tokens.get("eos_token_id"))
+        return config_out.with_dtype(fresh | tokens, dtype), False
     config = came_from.config
     same = came_from.main_dtype == MAIN[dtype] and came_from.mtp == mtp
     stale = configs.contradictions(recipe, config, recipe.model.num_nextn_predict_layers)
@@ -306,8 +312,8 @@ def convert(plan: Plan, target: Path, workers: int | None, progress: Progress) -
 def _write_others(plan: Plan, where: Path) -> None:
     if plan.origin is not None:
         origin.copy_others(plan.origin.folder, where)
-    elif plan.tokenizer is not None:
-        shutil.copyfile(plan.tokenizer, where / "tokenizer.json")
+    if plan.tokenizer is not None:
+        plan.tokenizer.write(where)
     if not plan.verbatim:
         config = language.whole(plan.origin.whole_config, plan.config) if plan.origin else plan.config
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -315,7 +321,7 @@ def _write_others(plan: Plan, where: Path) -> None:
     if plan.index is None:
         return
     if plan.origin is not None and plan.index == plan.origin.index:
-        shutil.copyfile(plan.origin.folder / INDEX, where / INDEX)
+        (where / INDEX).write_bytes(regular.contents(plan.origin.folder / INDEX))
     else:
         text = json.dumps(plan.index, indent=2, sort_keys=True) + "\n"
         (where / INDEX).write_text(text, encoding="utf-8")
