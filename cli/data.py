@@ -21,8 +21,8 @@ def prepare(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            help="Text files (one document each), JSONL files (one document per line), either plain, .gz or .zst; "
-            "directories; globs; python-stdlib; python-packages.",
+            help="Text (a file is one document), JSONL (a line is one), plain or in .gz, .zst, .bz2, .xz, and Parquet "
+            "(a row is one), told apart by content; directories; globs; python-stdlib; python-packages.",
             metavar="INPUT...",
         ),
     ],
@@ -33,7 +33,12 @@ def prepare(
         float, typer.Option(help="Share of documents rearranged for fill-in-the-middle; 0.1 in the report.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the choice of those documents.")] = 1234,
-    text_key: Annotated[str, typer.Option(help="The key of a JSON line that holds the text.")] = "text",
+    max_bad: Annotated[
+        float, typer.Option(help="Share of documents that may be unreadable (0 to 1); with more, nothing is written.")
+    ] = 0.01,
+    text_key: Annotated[
+        str, typer.Option(help="The key of a JSON line, or the column of Parquet, that holds the text.")
+    ] = "text",
     workers: Annotated[
         Optional[int], typer.Option(min=1, help="Processes (default: one per core); the result is the same for any.")
     ] = None,
@@ -53,10 +58,14 @@ def prepare(
         raise UserError("--vocab-size: the tokenizer of --tokenizer has its own; give one of the two")
     if not 0 <= fim_rate <= 1:
         raise UserError(f"--fim-rate: {fim_rate:g} is no share of documents; give 0 to 1")
+    if not 0 <= max_bad <= 1:
+        raise UserError(f"--max-bad: {max_bad:g} is no share of documents; give 0 to 1")
     if vocab_size is not None and vocab_size < 1:
         raise UserError(f"--vocab-size: {vocab_size} is no number of tokens; give 260 or more")
     trained = {} if vocab_size is None else {"vocab_size": vocab_size}
-    settings = Prepare(inputs=inputs, output=output, tokenizer=tokenizer, fim_rate=fim_rate, seed=seed, **trained)
+    settings = Prepare(
+        inputs=inputs, output=output, tokenizer=tokenizer, fim_rate=fim_rate, seed=seed, max_bad=max_bad, **trained
+    )
     with progress() as report:
         manifest = run(settings, report, text_key=text_key, workers=workers, compare=True)
     print(manifest.model_dump_json(indent=1) if as_json else _summary(output, manifest))
