@@ -106,6 +106,9 @@ def index(
 def show(
     prefix: Annotated[str, typer.Argument(help="Prefix of a dataset; with --samples, a run directory.")],
     document: Annotated[int, typer.Option(help="The document to print the beginning of, from 0.")] = 0,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all of the dataset and compare its hashes with the manifest's.")
+    ] = False,
     samples: Annotated[
         Optional[list[str]],
         typer.Option(help="Samples of a run: FIRST-LAST, a number, or skipped.", metavar="SAMPLES"),
@@ -114,7 +117,7 @@ def show(
 ) -> None:
     """Check a dataset's index and sizes, and show what it holds; or show samples that a run trains on or passes over.
 
-    Example: dsv3 data show data/stdlib --document 3
+    Example: dsv3 data show data/stdlib --document 3 --verify
 
     Example: dsv3 data show runs/smoke --samples skipped
     """
@@ -126,7 +129,7 @@ def show(
         return
     from dsv3_train.data.show import show as run
 
-    contents = run(prefix, document)
+    contents = run(prefix, document, verify)
     if as_json:
         manifest = contents.manifest and contents.manifest.model_dump()
         print(json.dumps({**dataclasses.asdict(contents), "manifest": manifest}))

@@ -84,8 +84,13 @@ def training_state(
     *,
     loading: bool,
     with_random_state: bool,
+    data: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that a resumed run needs, as Megatron's sharded state dict."""
+    """Everything that a resumed run needs, as Megatron's sharded state dict.
+
+    Args:
+        data: what it was trained on (training/data_identity.py).
+    """
     models = model_state(chunks)
     if not loading:
         begin_moments(optimizer)
@@ -95,6 +100,7 @@ def training_state(
         "position": asdict(position),
         "guarded": asdict(guarded),
         "topology": topology(recipe),
+        "data": data or {},
     }
     if ema is not None:
         state["ema"] = ema.sharded_state_dict()

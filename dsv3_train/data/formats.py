@@ -118,8 +118,8 @@ def _lines(head: bytes) -> list[bytes]:
 
 def _one_json(head: bytes) -> str:
     """A fault where JSON begins that goes on over several lines."""
-    lines = _lines(head)
-    if not lines or lines[0].strip() not in (b"{", b"["):
+    first, second, *_ = [*(line.strip() for line in _lines(head)), b"", b""]
+    if first != b"[" and not (first == b"{" and second.startswith((b'"', b"}"))):
         return ""
     return "JSON that goes on over several lines; write one object per line (JSONL)"
 

@@ -96,6 +96,6 @@ def _missing_above(path: Path) -> list[Path]:
 
 def _remove_empty(directories: list[Path]) -> None:
     """Undo what was made, so that a refusal leaves nothing."""
-    with contextlib.suppress(OSError):
-        for one in directories:
+    for one in directories:
+        with contextlib.suppress(OSError):
             one.rmdir()
