@@ -199,3 +199,15 @@ def test_memory_does_not_grow_with_the_document(tmp_path):
     once = tokenizer.encode("many different words 0123 many")
     assert tokens > 160_000 * 5
     assert np.fromfile(tmp_path / "out.bin", np.uint16, 9).tolist() == once[:9]
+
+
+def test_a_tokenizer_trained_on_pieces_is_that_of_the_whole(tmp_path, monkeypatch):
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(text_of(number, 2000))
+    made = []
+    for piece in (cutting.PIECE, 50):
+        monkeypatch.setattr(cutting, "PIECE", piece)
+        out = str(tmp_path / "out" / str(piece))
+        made.append(prepare(Prepare(inputs=[str(tmp_path / "*.txt")], output=out, vocab_size=600), workers=1))
+    assert made[0].tokenizer == made[1].tokenizer
+    assert made[0].sha256 == made[1].sha256

@@ -42,6 +42,8 @@ def directory(prefix: str) -> Iterator[Path]:
         _refuse_foreign(parts)
         begun = (parts / "lock").exists()
         lock_file = os.open(parts / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except FileNotFoundError:
+        raise BeingPrepared(f"{parts}: another process has just prepared this dataset; start again") from None
     except OSError as error:
         _remove_empty(above)
         raise UserError(f"{prefix}: cannot be written ({error.strerror}); choose another output") from None

@@ -112,11 +112,9 @@ def _prepare(settings: Prepare, progress: Progress, text_key: str, workers: int,
     with parts.directory(prefix) as made_in, workers_pool(workers) as pool:
         files, hashes = _examine(files, text_key, pool, progress)
         found = quality.look(files, text_key)
-        if given:
-            quality.refuse_at_sight(found, given, settings.max_bad, names)
+        quality.refuse_unreadable(found, settings.max_bad, names)
         tokenizer, trained_on = _tokenizer(made_in, settings, given, files, hashes, text_key, progress)
-        if not given:
-            quality.refuse_at_sight(found, tokenizer, settings.max_bad, names)
+        quality.refuse_lossy(found, given or tokenizer, names)
         work = Work(
             parts=str(made_in),
             tokenizer=tokenizer.name,
@@ -132,7 +130,7 @@ def _prepare(settings: Prepare, progress: Progress, text_key: str, workers: int,
             reason = f"; {_place(bad[0])}: {bad[0].reason}" if bad else ""
             raise UserError(f"{names}: no document with text among {counts.files} files{reason}")
         first = f"{_place(bad[0])}: {bad[0].reason}" if bad else ""
-        quality.refuse(results, counts.files, first, tokenizer, settings.max_bad, names)
+        quality.refuse(results, counts.files, first, given or tokenizer, settings.max_bad, names)
         merged = merge(results, work, tokenizer.vocab_size, progress)
         result = Manifest(
             settings=asked,

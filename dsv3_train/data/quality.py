@@ -14,8 +14,10 @@ from dsv3_train.errors import UserError
 
 MAX_CHARACTERS_LOST = 0.001
 """Share of characters that encoding and decoding may lose: a stray normalisation, not a script."""
-_PLACES, _DOCUMENTS, _CHARACTERS = 256, 4, 1 << 12
-"""Looked at beforehand: places of the corpus, documents from each, characters of each document."""
+_PLACES, _PLACES_OF_A_FILE, _DOCUMENTS, _CHARACTERS = 256, 32, 4, 1 << 12
+"""Looked at beforehand: places of the corpus and of one file, documents from each, characters of each document."""
+_PLACE = 1 << 20
+"""Bytes of a place."""
 
 
 @dataclass
@@ -53,26 +55,33 @@ def _places(files: list[InputFile]) -> Iterator[Piece]:
     if len(files) > _PLACES:
         files = [files[i * len(files) // _PLACES] for i in range(_PLACES)]
     draw = random.Random(0)
-    each = max(_PLACES // max(len(files), 1), 1)
+    each = min(_PLACES // max(len(files), 1), _PLACES_OF_A_FILE)
     for file in files:
         yield Piece(file, 0, file.size)
-        if file.format.kind == "lines" and not file.format.compression:
-            for start in sorted(draw.randrange(file.size) for _ in range(each - 1) if file.size > 1 << 20):
-                yield Piece(file, start, file.size)
+        if file.format.kind == "lines" and not file.format.compression and file.size > _PLACE:
+            for start in sorted(draw.randrange(file.size) for _ in range(each - 1)):
+                yield Piece(file, start, min(start + _PLACE, file.size))
 
 
-def refuse_at_sight(found: Look, tokenizer: Tokenizer, max_bad: float, names: str) -> None:
-    """Refuse a corpus that is mostly unreadable, or that the tokenizer cannot spell, before it is tokenised.
+def refuse_unreadable(found: Look, max_bad: float, names: str) -> None:
+    """Refuse a corpus that is mostly unreadable, before anything is made of it.
 
     Raises:
-        UserError: one of the two.
+        UserError: it is.
     """
     seen = found.bad + len(found.texts)
     if seen and found.bad / seen > max(max_bad, 0.5):
         raise UserError(_too_bad(f"{found.bad} of {seen} documents looked at", names, found.first, max_bad))
-    _refuse_loss(
-        tokenizer, sum(characters_lost(tokenizer, text) for text in found.texts), sum(map(len, found.texts)), names
-    )
+
+
+def refuse_lossy(found: Look, tokenizer: Tokenizer, names: str) -> None:
+    """Refuse a corpus that the tokenizer cannot spell.
+
+    Raises:
+        UserError: it loses more than `MAX_CHARACTERS_LOST`.
+    """
+    lost = sum(characters_lost(tokenizer, text) for text in found.texts)
+    _refuse_loss(tokenizer, lost, sum(map(len, found.texts)), names)
 
 
 def refuse(results: Iterable[Part], files: int, first: str, tokenizer: Tokenizer, max_bad: float, names: str) -> None:

@@ -101,7 +101,8 @@ class Resume:
                 f"not {length}"
             )
         self.guard.restore(guarded)
-        notes += data_identity.unlike(path, trained_on(path), data_identity.of_run(self.recipe, self.run_dir))
+        if torch.distributed.get_rank() == 0:  # whose log has the notes
+            notes += data_identity.unlike(path, trained_on(path), data_identity.of_run(self.recipe, self.run_dir))
         return position, [f"resumed from {path} at step {position.step}", *notes]
 
     def _published(self, path: Path) -> list[str]:
