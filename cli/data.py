@@ -21,8 +21,8 @@ def prepare(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            help="Text files (one document each), JSONL files (one document per line), either plain, .gz or .zst; "
-            "directories; globs; python-stdlib; python-packages.",
+            help="Text (a file is one document), JSONL (a line is one), plain or in .gz, .zst, .bz2, .xz, and Parquet "
+            "(a row is one), told apart by content; directories; globs; python-stdlib; python-packages.",
             metavar="INPUT...",
         ),
     ],
@@ -38,7 +38,12 @@ def prepare(
         float, typer.Option(help="Share of documents rearranged for fill-in-the-middle; 0.1 in the report.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the choice of those documents.")] = 1234,
-    text_key: Annotated[str, typer.Option(help="The key of a JSON line that holds the text.")] = "text",
+    max_bad: Annotated[
+        float, typer.Option(help="Share of documents that may be unreadable (0 to 1); with more, nothing is written.")
+    ] = 0.01,
+    text_key: Annotated[
+        str, typer.Option(help="The key of a JSON line, or the column of Parquet, that holds the text.")
+    ] = "text",
     workers: Annotated[
         Optional[int], typer.Option(min=1, help="Processes (default: one per core); the result is the same for any.")
     ] = None,
@@ -60,6 +65,8 @@ def prepare(
         raise UserError("--eos-token: a tokenizer that is trained has its own; give --tokenizer too, or leave it out")
     if not 0 <= fim_rate <= 1:
         raise UserError(f"--fim-rate: {fim_rate:g} is no share of documents; give 0 to 1")
+    if not 0 <= max_bad <= 1:
+        raise UserError(f"--max-bad: {max_bad:g} is no share of documents; give 0 to 1")
     if vocab_size is not None and vocab_size < 1:
         raise UserError(f"--vocab-size: {vocab_size} is no number of tokens; give 260 or more")
     trained = {} if vocab_size is None else {"vocab_size": vocab_size}
@@ -70,6 +77,7 @@ def prepare(
         eos_token=eos_token,
         fim_rate=fim_rate,
         seed=seed,
+        max_bad=max_bad,
         **trained,
     )
     with progress() as report:
@@ -112,6 +120,9 @@ def index(
 def show(
     prefix: Annotated[str, typer.Argument(help="Prefix of a dataset; with --samples, a run directory.")],
     document: Annotated[int, typer.Option(help="The document to print the beginning of, from 0.")] = 0,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all of the dataset and compare its hashes with the manifest's.")
+    ] = False,
     samples: Annotated[
         Optional[list[str]],
         typer.Option(help="Samples of a run: FIRST-LAST, a number, or skipped.", metavar="SAMPLES"),
@@ -120,7 +131,7 @@ def show(
 ) -> None:
     """Check a dataset's index and sizes, and show what it holds; or show samples that a run trains on or passes over.
 
-    Example: dsv3 data show data/stdlib --document 3
+    Example: dsv3 data show data/stdlib --document 3 --verify
 
     Example: dsv3 data show runs/smoke --samples skipped
     """
@@ -132,7 +143,7 @@ def show(
         return
     from dsv3_train.data.show import show as run
 
-    contents = run(prefix, document)
+    contents = run(prefix, document, verify)
     if as_json:
         manifest = contents.manifest and contents.manifest.model_dump()
         print(json.dumps({**dataclasses.asdict(contents), "manifest": manifest}))

@@ -10,8 +10,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from dsv3_train.data import index
 from dsv3_train.data.prepare import prepare
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.schema import Prepare, Recipe
@@ -236,3 +238,39 @@ def test_corruption_is_found_and_the_rank_named(data, tmp_path, capfd):
     (incident,) = incidents.read(tmp_path / "rerun")
     assert incident["text"].startswith("step 3: rank 1 on ")
     assert "computed the same step twice, with different bits" in incident["text"]
+
+
+def test_a_token_outside_the_vocabulary_costs_its_batch(data, tmp_path):
+    """Of data without a manifest: as if the recipe passed over the batch; a validation that meets it is left out."""
+    tokens = np.random.RandomState(0).randint(0, 500, 3600).astype(np.uint16)
+
+    def of(name: str, token: int, **faults) -> Recipe:
+        prefix = str(tmp_path / name)
+        tokens[[40 * 40 + 7, 40 * 85 + 7]] = token
+        tokens.tofile(f"{prefix}.bin")
+        index.write(Path(f"{prefix}.idx"), np.dtype(np.uint16), np.full(90, 40, np.int32))
+        settings = recipe(prefix, tmp_path / f"run_{name}", **faults)
+        changes = {"duration": "12 steps", "eval_interval": 10, "eval_sequences": 40}
+        training = settings.training.model_validate({**settings.training.model_dump(), **changes})
+        return settings.model_copy(update={"training": training})
+
+    def trained(name: str) -> list[tuple[int, float | None]]:
+        lines = map(json.loads, (tmp_path / f"run_{name}" / "metrics.jsonl").read_text().splitlines())
+        return [(line["step"], line.get("loss")) for line in lines if line["kind"] in ("step", "passed over")]
+
+    run(of("wrong", 600))
+    (skip,) = [json.loads(line) for line in (tmp_path / "run_wrong" / "skips.jsonl").read_text().splitlines()]
+    assert skip["reason"] == "token"
+    samples = f"{skip['first']}-{skip['last']}"
+    told = [incident["text"] for incident in incidents.read(tmp_path / "run_wrong")]
+    validations = [line for line in told if line.startswith("no validation at step ")]
+    assert [line.split(":")[0] for line in validations] == ["no validation at step 10", "no validation at step 12"]
+    assert "of document 85 of" in validations[0]
+    (batch,) = [line for line in told if line not in validations]
+    assert batch.startswith(f"step {skip['step']}: sample ")
+    where = f"holds token 600, of document 40 of {tmp_path / 'wrong'}, but model.vocab_size is 512"
+    assert batch.endswith(f"{where}; passed over, samples {samples}")
+
+    run(of("sound", 1, skip_samples=[samples]))
+    assert trained("wrong") == trained("sound")
+    assert len(trained("wrong")) == 12

@@ -1,5 +1,6 @@
 """`dsv3 data prepare`: what is in the files, whoever made them and however often it was interrupted."""
 
+import dataclasses
 import fcntl
 import gzip
 import hashlib
@@ -19,8 +20,8 @@ import pytest
 import torch
 import zstandard
 
+from dsv3_train.data import formats, shard
 from dsv3_train.data import prepare as prepare_module
-from dsv3_train.data import shard
 from dsv3_train.data.documents import Piece, read
 from dsv3_train.data.inputs import find
 from dsv3_train.data.manifest import load
@@ -149,7 +150,12 @@ def test_bad_lines_are_counted_with_their_place(tmp_path, monkeypatch):
     for largest in (shard._LARGEST, 700):  # the same places however the file is divided
         monkeypatch.setattr(shard, "_LARGEST", largest)
         made = prepare(
-            Prepare(inputs=[str(tmp_path / "*.*")], output=str(tmp_path / "out" / str(largest)), vocab_size=300),
+            Prepare(
+                inputs=[str(tmp_path / "*.*")],
+                output=str(tmp_path / "out" / str(largest)),
+                vocab_size=300,
+                max_bad=0.2,
+            ),
             workers=1,
         )
         assert (made.counts.documents, made.counts.bad, made.counts.empty_documents) == (40, 9, 1)
@@ -167,6 +173,7 @@ def test_a_file_may_be_divided_anywhere(tmp_path):
     for raw in (content, content.rstrip(b"\n")):
         (tmp_path / "x.jsonl").write_bytes(raw)
         (file,) = find([str(tmp_path / "x.jsonl")])
+        file = dataclasses.replace(file, format=formats.look(file.path, "text"))
         for cut in range(file.size + 1):
             pieces = Piece(file, 0, cut), Piece(file, cut, file.size)
             assert [text for piece in pieces for _, text in read(piece, "text")] == rows
@@ -178,7 +185,11 @@ def test_lines_before_a_truncation_are_kept(tmp_path, suffix):
     whole = compress(lines(words(400, seed) for seed in range(2000)))
     (tmp_path / f"x.jsonl{suffix}").write_bytes(whole[: len(whole) // 2])
     out = tmp_path / "out"
-    made = prepare(Prepare(inputs=[str(tmp_path)], output=str(out), vocab_size=300), workers=1)
+    settings = Prepare(inputs=[str(tmp_path)], output=str(out), vocab_size=300)
+    with pytest.raises(UserError, match=r"cannot read 1 of 1 files to their end, .*truncated.*raise --max-bad"):
+        prepare(settings, workers=1)
+    assert not list(tmp_path.glob("out*"))
+    made = prepare(settings.model_copy(update={"max_bad": 1.0}), workers=1)
     assert 100 < made.counts.documents < 1900
     assert made.counts.bad == 1
     assert made.bad[0].line == made.counts.documents + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from dsv3_train.data import datasets, index
 from dsv3_train.data.batches import KEYS, micro_batches, within
+from dsv3_train.data.locate import outside
 from dsv3_train.errors import UserError
 from dsv3_train.runtime import distributed
 from dsv3_train.runtime.launch import launch
@@ -106,7 +108,7 @@ def test_more_samples_begin_with_the_same_ones(tmp_path):
 def test_one_epoch_is_megatrons(tmp_path, monkeypatch):
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
-    from dsv3_train.data import epochs
+    from dsv3_train.data import epochs  # not before the fixture above: it imports Megatron-core
 
     prefix, own = write(tmp_path / "a"), epochs.EpochDataset
     built = {}
@@ -166,6 +168,8 @@ def test_order_is_the_seeds(tmp_path):
 
 
 def test_cache_is_not_trusted_when_torn_or_of_other_data(tmp_path):
+    from dsv3_train.data import epochs
+
     prefix = write(tmp_path / "a")
     first = samples(datasets.build(recipe(prefix), tmp_path / "cache", 10, 0)[0])
     # A run that was killed while it wrote the cache.
@@ -173,6 +177,17 @@ def test_cache_is_not_trusted_when_torn_or_of_other_data(tmp_path):
     torn.write_bytes(torn.read_bytes()[:100])
     (torn.parent / "complete").unlink()
     assert np.array_equal(first, samples(datasets.build(recipe(prefix), tmp_path / "cache", 10, 0)[0]))
+    # A file of it that was changed, by a disk or by somebody: a pickle there would run what it says.
+    for name in ("document", "sample", "shuffle"):
+        (file,) = (tmp_path / "cache").glob(f"*/*{name}_index.npy")
+        file.write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+        assert np.array_equal(first, samples(datasets.build(recipe(prefix), tmp_path / "cache", 10, 0)[0]))
+    epochs.seal(file.parent)
+    file.write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    epochs.seal(file.parent)  # also where whoever did so has sealed it
+    with pytest.raises(UserError, match=r"shuffle_index\.npy: no array of numbers"):
+        datasets.build(recipe(prefix), tmp_path / "cache", 10, 0)
+    assert not (tmp_path / "ran").exists()
     # As many documents and tokens at the same place, but others.
     write(tmp_path / "a", LENGTHS[::-1].copy())
     again = samples(datasets.build(recipe(prefix), tmp_path / "cache", 10, 0)[0])
@@ -193,6 +208,16 @@ def test_every_rank_builds_the_same(tmp_path):
 
     launch(work, 2, "cpu")
     assert np.array_equal(np.load(tmp_path / "0.npy"), np.load(tmp_path / "1.npy"))
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -228,13 +253,34 @@ def test_reading_ahead_changes_neither_order_nor_random_numbers():
 
 
 @pytest.mark.parametrize("token", [100, -1])
-def test_a_token_that_the_model_has_not(token):
+@pytest.mark.parametrize("name", ["tokens", "labels"])
+def test_a_token_that_the_model_has_not(token, name):
     batch = {name: torch.arange(6).view(2, 3) for name in KEYS}
-    wrong = {**batch, "labels": torch.tensor([[0, 1, token]])}
-    read = within(100, iter([batch, wrong]), "data/a")
-    assert next(read) is batch
-    with pytest.raises(UserError, match=rf"^data/a: holds token {token}, but model\.vocab_size is 100; "):
-        next(read)
+    wrong = {**batch, name: torch.tensor([[0, 1, 2], [3, token, 5]])}
+    samples: list[int] = []
+    first, second = within(100, iter([dict(batch), wrong]), samples.append)
+    assert all(torch.equal(first[one], batch[one]) for one in KEYS)
+    assert samples == [1]
+    assert second[name].tolist() == [[0, 1, 2], [3, 0, 5]]
+
+
+def test_a_token_is_told_with_its_document(tmp_path):
+    """Wherever it is in its sample, in one dataset and in a blend."""
+    total = int(LENGTHS.sum())
+    a, b = write(tmp_path / "a"), write(tmp_path / "b", first=20_000)
+    ends = np.cumsum(LENGTHS)
+    for token in (0, 7, total // 2, total - 9):
+        tokens = np.arange(total, dtype=np.uint16)
+        tokens[token] = 65_000
+        tokens.tofile(f"{a}.bin")
+        for prefixes in ((a,), (b, a)):
+            train, _ = datasets.build(recipe(*prefixes), tmp_path / "cache" / f"{len(prefixes)}", 60, 0)
+            rows = samples(train)
+            for number in np.flatnonzero((rows == 65_000).any(axis=1)).tolist():
+                document = int(np.searchsorted(ends, token, side="right"))
+                assert outside(train, number, 65_000) == (
+                    f"sample {number} holds token 65000, of document {document} of {a}, but model.vocab_size is 65000"
+                )
 
 
 @pytest.mark.parametrize("workers", [0, 1])

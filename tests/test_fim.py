@@ -1,16 +1,31 @@
 """Fill-in-the-middle: nothing of a document is lost, and what is chosen depends on nothing else."""
 
+import json
 import random
 import string
 
 import pytest
 
 from dsv3_train.data import fim
+from dsv3_train.data.cutting import Cutter
 from dsv3_train.data.shard import document_ids
 from dsv3_train.data.tokenizer import SPELLINGS, Tokenizer, train
 
 RANDOM = random.Random(0)
 DOCUMENTS = ["".join(RANDOM.choices(string.printable + "äßé漢字🙂", k=RANDOM.randrange(1, 80))) for _ in range(4000)]
+
+
+def cut(text: str, rate: float, seed: int) -> tuple[str, str, str] | None:
+    """(prefix, middle, suffix) of a document that is chosen."""
+    if (middle := fim.cuts([text], rate, seed)) is None:
+        return None
+    begin, end = middle
+    return text[:begin], text[begin:end], text[end:]
+
+
+def ids_of(tokenizer: Tokenizer, text: str, middle: tuple[int, int] | None) -> list[int]:
+    cutter = Cutter(json.loads(train([], 300)))
+    return [one for ids in document_ids(tokenizer, cutter, text, middle) for one in ids]
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +34,14 @@ def tokenizer():
 
 
 def test_rate_is_the_share_of_documents():
-    chosen = sum(fim.cut(text, 0.1, seed=1) is not None for text in DOCUMENTS)
+    chosen = sum(cut(text, 0.1, seed=1) is not None for text in DOCUMENTS)
     assert abs(chosen - 400) < 4 * (4000 * 0.1 * 0.9) ** 0.5  # four standard deviations
-    assert all(fim.cut(text, 0.0, seed=1) is None for text in DOCUMENTS)
-    assert all(fim.cut(text, 1.0, seed=1) is not None for text in DOCUMENTS)
+    assert all(cut(text, 0.0, seed=1) is None for text in DOCUMENTS)
+    assert all(cut(text, 1.0, seed=1) is not None for text in DOCUMENTS)
 
 
 def test_parts_are_the_document():
-    cuts = [fim.cut(text, 1.0, seed=1) for text in DOCUMENTS]
+    cuts = [cut(text, 1.0, seed=1) for text in DOCUMENTS]
     assert all("".join(cut) == text for cut, text in zip(cuts, DOCUMENTS, strict=True))
     # Cuts are uniform: on average a third of a document is in each part.
     characters = sum(map(len, DOCUMENTS))
@@ -35,15 +50,15 @@ def test_parts_are_the_document():
 
 
 def test_choice_depends_on_seed_and_text_alone():
-    forwards = {text: fim.cut(text, 0.5, seed=1) for text in DOCUMENTS}
-    backwards = {text: fim.cut(text, 0.5, seed=1) for text in reversed(DOCUMENTS)}
+    forwards = {text: cut(text, 0.5, seed=1) for text in DOCUMENTS}
+    backwards = {text: cut(text, 0.5, seed=1) for text in reversed(DOCUMENTS)}
     assert forwards == backwards
-    assert forwards != {text: fim.cut(text, 0.5, seed=2) for text in DOCUMENTS}
+    assert forwards != {text: cut(text, 0.5, seed=2) for text in DOCUMENTS}
 
 
 def test_layout_is_prefix_suffix_middle(tokenizer):
     begin, hole, end = (tokenizer.special(role) for role in ("fim_begin", "fim_hole", "fim_end"))
-    ids = document_ids(tokenizer, "abcdef", ("ab", "cd", "ef"))
+    ids = ids_of(tokenizer, "abcdef", (2, 4))
     assert ids == [
         begin,
         *tokenizer.encode("ab"),
@@ -54,7 +69,7 @@ def test_layout_is_prefix_suffix_middle(tokenizer):
         tokenizer.eos_id,
     ]
     assert tokenizer.decode(ids) == "<|fim_begin|>ab<|fim_hole|>ef<|fim_end|>cd<|eos_token|>"
-    assert document_ids(tokenizer, "abcdef", None) == [*tokenizer.encode("abcdef"), tokenizer.eos_id]
+    assert ids_of(tokenizer, "abcdef", None) == [*tokenizer.encode("abcdef"), tokenizer.eos_id]
 
 
 def test_no_document_makes_a_special_token(tokenizer):

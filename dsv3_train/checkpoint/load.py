@@ -91,6 +91,15 @@ def newest(
     return None
 
 
+def trained_on(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of the data that it was trained on; nothing where it was written before it did.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return _common(path).get("data", {})
+
+
 def refuse_damaged(path: Path) -> None:
     """Read all files for their checksums, divided among the ranks. Collective.
 

@@ -87,11 +87,13 @@ def training_state(
     loading: bool,
     with_random_state: bool,
     tokenizer: str | None = None,
+    data: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything that a resumed run needs, as Megatron's sharded state dict.
 
     Args:
         tokenizer: sha256 of the run's tokenizer.json, for TOKENIZER; None: not known.
+        data: what it was trained on (training/data_identity.py).
     """
     models = model_state(chunks)
     if not loading:
@@ -103,6 +105,7 @@ def training_state(
         "guarded": asdict(guarded),
         "topology": topology(recipe),
         TOKENIZER: tokenizer,
+        "data": data or {},
     }
     if ema is not None:
         state["ema"] = ema.sharded_state_dict()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from dsv3_train.errors import UserError
 from dsv3_train.runtime.signals import ignore_in_worker
 
 KEYS = ("tokens", "labels", "position_ids", "loss_mask")
@@ -63,24 +62,25 @@ def micro_batches(
     )
 
 
-def within(vocab_size: int, batches: Iterator[dict[str, torch.Tensor]], data: str) -> Iterator[dict[str, torch.Tensor]]:
-    """The same micro-batches, looked at: under tensor parallelism an embedding takes any token for a zero.
+def within(
+    vocab_size: int, batches: Iterator[dict[str, torch.Tensor]], outside: Callable[[int], None]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The same micro-batches, with 0 for every token and label that a model of so many has not.
 
     Args:
-        data: what to call their source.
-
-    Raises:
-        UserError: a token or label that a model of so many has not.
+        outside: takes the number, within its micro-batch, of each sample that had one. It must not be trained on: under
+            tensor parallelism an embedding takes any token for a zero.
     """
     for batch in batches:
+        wrong_b = torch.zeros(len(batch["tokens"]), dtype=torch.bool)
         for name in ("tokens", "labels"):
             least, most = (int(x) for x in batch[name].aminmax())
             if least < 0 or most >= vocab_size:
-                token = least if least < 0 else most
-                raise UserError(
-                    f"{data}: holds token {token}, but model.vocab_size is {vocab_size}; prepare it with the tokenizer "
-                    "of this model, or set model.vocab_size to that tokenizer's"
-                )
+                wrong_bs = (batch[name] < 0) | (batch[name] >= vocab_size)
+                wrong_b |= wrong_bs.any(dim=1)
+                batch[name] = batch[name].masked_fill(wrong_bs, 0)
+        for number in wrong_b.nonzero().flatten().tolist():
+            outside(number)
         yield batch
 
 

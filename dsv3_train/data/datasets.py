@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,8 +43,7 @@ def build(
     alone: asked for more samples, the first ones stay what they are (data/epochs.py).
 
     Args:
-        cache_dir: where the indices go; all ranks have to see it. Never beside the data: Megatron reads them back
-            with pickle allowed, so they must not come from whoever made the data.
+        cache_dir: where the indices go; all ranks have to see it.
         train_samples: at least as many are there, over several epochs if need be.
         valid_samples: the same; 0 for none.
 
@@ -60,7 +58,7 @@ def build(
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
-    from dsv3_train.data.epochs import EpochDataset
+    from dsv3_train.data import epochs
 
     data = recipe.data
     train = train_sets(recipe)
@@ -86,23 +84,22 @@ def build(
         # The very documents that `check` looked at: Megatron's notation for splits is rounded, and knows no 1e-05.
         share = 1 - data.valid_fraction
         config.split_matrix = [(0.0, share), (share, 1.0) if with_valid else None, None]
-    with _process_group():
+    with _process_group(), epochs.without_pickle():
         leader = torch.distributed.get_rank() == 0
-        complete = cache / "complete"
-        if leader and not complete.exists():
-            # Left by a run that was killed on the way: Megatron would load what is truncated.
-            shutil.rmtree(cache, ignore_errors=True)
+        there = leader and epochs.sound(cache)
+        if leader and not there:
+            epochs.remove(cache)
         try:
             built = BlendedMegatronDatasetBuilder(
-                EpochDataset, [train_samples, valid_samples, 0], lambda: True, config
+                epochs.EpochDataset, [train_samples, valid_samples, 0], lambda: True, config
             ).build()
         except FileNotFoundError as error:
             raise UserError(
                 f"{error.filename}: rank 0 wrote it, but this rank does not see it; "
                 "runtime.run_dir must be on a file system that all nodes share"
             ) from None
-        if leader:
-            complete.touch()
+        if leader and not there:
+            epochs.seal(cache)
     return built[0], built[1]
 
 
@@ -133,7 +130,7 @@ def _fingerprint(recipe: Recipe, *samples: int) -> str:
         digest.update(repr((dataset.path, dataset.weight, len(found.lengths), found.tokens)).encode())
         digest.update(found.lengths[:65536].tobytes())
         known = manifest.load(dataset.path)
-        digest.update(known.sha256["idx"].encode() if known else b"")
+        digest.update(known.sha256.get("idx", "").encode() if known else b"")
     return digest.hexdigest()[:16]
 
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 
-def cut(text: str, rate: float, seed: int) -> tuple[str, str, str] | None:
-    """(prefix, middle, suffix) of a document chosen with probability `rate`, or None for one that stays as it is.
+def cuts(texts: Iterable[str], rate: float, seed: int) -> tuple[int, int] | None:
+    """Where the middle of a document begins and ends, in characters; None for one that stays as it is.
 
-    Choice and cuts (between characters, uniform) come from a hash of the seed and the text alone, so that they do
-    not depend on where or by which process the document is read.
+    A document is chosen with probability `rate`. Choice and cuts (between characters, uniform) come from a hash of the
+    seed and the text alone, so that they do not depend on where or by which process the document is read.
+
+    Args:
+        texts: the document, in one piece or several.
     """
     if rate == 0:
         return None
-    digest = hashlib.blake2b(text.encode(), digest_size=24, key=str(seed).encode()).digest()
+    hashed, length = hashlib.blake2b(digest_size=24, key=str(seed).encode()), 0
+    for text in texts:
+        hashed.update(text.encode())
+        length += len(text)
+    digest = hashed.digest()
     chance, first, second = (int.from_bytes(digest[i : i + 8], "little") for i in (0, 8, 16))
     if chance >= rate * 2**64:
         return None
-    begin, end = sorted((first % (len(text) + 1), second % (len(text) + 1)))
-    return text[:begin], text[begin:end], text[end:]
+    begin, end = sorted((first % (length + 1), second % (length + 1)))
+    return begin, end

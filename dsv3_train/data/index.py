@@ -20,6 +20,8 @@ from dsv3_train.errors import UserError
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, type of tokens, sequences, document boundaries
 _TYPES = {1: np.uint8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_AT_ONCE = 1 << 20
+"""Sequences that are looked at together."""
 _CODES = {np.dtype(kind): code for code, kind in _TYPES.items()}
 
 
@@ -83,6 +85,10 @@ def read(prefix: str) -> Index:
     if sequences >= 2**31:
         raise UserError(f"{idx}: {sequences} documents, Megatron-core counts to 2^31 - 1; prepare several datasets")
     expected = _HEADER.size + 12 * sequences + 8 * boundaries
+    if size == expected + sequences:
+        raise UserError(
+            f"{idx}: has a mode for each sequence (a multimodal dataset); text alone is trained on, so write it without"
+        )
     if size != expected:
         raise UserError(
             f"{idx}: {'truncated' if size < expected else 'too long'}, {size} bytes instead of {expected}; "
@@ -107,18 +113,24 @@ def read(prefix: str) -> Index:
 
 
 def verify(prefix: str, index: Index) -> None:
-    """Read the whole index and see that its parts agree.
+    """Read the whole index, a part at a time, and see that its parts agree.
 
     Raises:
         UserError: they do not.
     """
-    ends = np.cumsum(index.lengths, dtype=np.int64) * index.dtype.itemsize
-    sound = (
-        index.lengths.min() >= 0
-        and np.array_equal(index.offsets, ends - index.lengths.astype(np.int64) * index.dtype.itemsize)
-        and index.boundaries[0] == 0
-        and index.boundaries[-1] == len(index.lengths)
-        and bool((np.diff(index.boundaries) >= 0).all())
-    )
-    if not sound:
+    size, count = index.dtype.itemsize, len(index.lengths)
+    end = before = 0
+    sound = index.boundaries[0] == 0 and index.boundaries[-1] == count
+    for start in range(0, count, _AT_ONCE):
+        lengths = np.asarray(index.lengths[start : start + _AT_ONCE], np.int64)
+        ends = end + np.cumsum(lengths) * size
+        sound &= bool(lengths.min() >= 0) and np.array_equal(
+            index.offsets[start : start + _AT_ONCE], ends - lengths * size
+        )
+        end = int(ends[-1])
+    for start in range(0, len(index.boundaries), _AT_ONCE):
+        boundaries = index.boundaries[start : start + _AT_ONCE]
+        sound &= bool(boundaries[0] >= before) and bool((np.diff(boundaries) >= 0).all())
+        before = boundaries[-1]
+    if not sound or end != index.tokens * size:
         raise UserError(f"{prefix}.idx: damaged, lengths and offsets contradict each other; copy or prepare it again")

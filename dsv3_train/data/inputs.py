@@ -10,12 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsv3_train.data.formats import TEXT, Format
 from dsv3_train.errors import UserError
 
 STDLIB, PACKAGES = "python-stdlib", "python-packages"
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-_COMPRESSED = {".gz", ".zst"}
-_LINES = {".jsonl", ".ndjson", ".json"}
 
 
 @dataclass(frozen=True)
@@ -28,16 +27,8 @@ class InputFile:
     size: int
     """Bytes on disk."""
 
-    @property
-    def compression(self) -> str:
-        """`.gz`, `.zst` or empty."""
-        suffix = Path(self.path).suffix
-        return suffix if suffix in _COMPRESSED else ""
-
-    @property
-    def is_lines(self) -> bool:
-        """A JSON document per line; otherwise the whole file is one document."""
-        return Path(self.path.removesuffix(self.compression)).suffix in _LINES
+    format: Format = TEXT
+    """Found by `formats.look`."""
 
 
 def find(inputs: Sequence[str]) -> list[InputFile]:
@@ -87,6 +78,8 @@ def _files_of(given: str) -> Iterator[tuple[str, str, str]]:
         for match in matches:
             if os.path.isfile(match):
                 yield match, match, os.path.basename(match)
+    elif os.path.exists(given):
+        raise UserError(f"{given}: is neither a file nor a directory; give files, directories or globs")
     else:
         raise UserError(f"{given}: no such file or directory")
 

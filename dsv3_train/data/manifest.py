@@ -88,6 +88,8 @@ class Manifest(_Part):
     """Of the tokens, nats per token: the loss of a model that knows only how frequent each one is."""
     sha256: dict[str, str]
     """Of `bin` and `idx`."""
+    blocks: list[str] = []
+    """Of parts of the .bin (data/blocks.py): what a run looks at; none in manifests that were written before."""
     inputs: list[Source]
     """In the order of the documents."""
     versions: dict[str, str]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv3_train.data import index
+from dsv3_train.data import blocks, index
 from dsv3_train.data.shard import Part, Work
 
 _TOKENS_AT_ONCE = 1 << 22
@@ -23,6 +23,8 @@ class Merged:
     idx: Path
     bin_sha256: str
     idx_sha256: str
+    bin_blocks: list[str]
+    """See data/blocks.py."""
     max_token: int
     unigram_entropy: float
     """Nats per token."""
@@ -57,6 +59,7 @@ def merge(results: Sequence[Part], work: Work, vocab_size: int, progress: Callab
         idx=out_idx,
         bin_sha256=digest.hexdigest(),
         idx_sha256=idx_digest.hexdigest(),
+        bin_blocks=blocks.digests(out_bin),
         max_token=int(counts.nonzero()[0][-1]),
         unigram_entropy=float(-(shares * np.log(shares)).sum()),
     )

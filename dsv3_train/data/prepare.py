@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import json
 import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 
 import dsv3_train
-from dsv3_train import locks
-from dsv3_train.data import index, manifest, shard
-from dsv3_train.data.documents import Piece, read
+from dsv3_train.data import formats, index, manifest, parts, quality, shard
+from dsv3_train.data.compression import Damaged
+from dsv3_train.data.cutting import Cutter
+from dsv3_train.data.documents import Fault, Piece, read
+from dsv3_train.data.formats import Format
 from dsv3_train.data.inputs import InputFile, find
 from dsv3_train.data.manifest import Manifest
 from dsv3_train.data.merge import merge
+from dsv3_train.data.parts import BeingPrepared
 from dsv3_train.data.shard import Part, Shard, Work
 from dsv3_train.data.special_tokens import CONFIGURATION, DEFINITION
 from dsv3_train.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer, train
@@ -30,6 +34,8 @@ from dsv3_train.recipe.schema import Prepare
 from dsv3_train.runtime.workers import each
 from dsv3_train.runtime.workers import pool as workers_pool
 
+__all__ = ["BeingPrepared", "changed_inputs", "prepare"]
+
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total), the latter two in bytes."""
 
@@ -37,10 +43,6 @@ TRAINING_BOUND = 32_000_000
 """Characters that a tokenizer is trained on at most: BPE merges settle long before, time and memory do not."""
 _LARGEST_VOCABULARY = 1 << 24
 _PUBLISHED = ("bin", "idx", "tokenizer.json", "tokenizer_config.json", "manifest.json")
-
-
-class BeingPrepared(UserError):
-    """By another process, at this moment."""
 
 
 def prepare(
@@ -61,7 +63,8 @@ def prepare(
         compare: refuse data that is there if its inputs hold other files now (`changed_inputs`).
 
     Raises:
-        UserError: an input, the tokenizer or the output path is at fault, or other data is at `settings.output`.
+        UserError: an input, the tokenizer or the output path is at fault, too much of the corpus cannot be read
+            (`settings.max_bad`) or spelled by the tokenizer, or other data is at `settings.output`.
         BeingPrepared: another process is at it.
     """
     try:
@@ -70,8 +73,8 @@ def prepare(
         raise UserError(f"{error.filename or settings.output}: {error.strerror or error}") from None
     except BrokenProcessPool:
         raise UserError(
-            f"{settings.output}: a worker process was killed (out of memory?); finished parts are kept, "
-            "run again with fewer workers"
+            f"{settings.output}: a worker process was killed (out of memory? each takes up to 3 GiB); finished parts "
+            "are kept, run again with fewer workers"
         ) from None
 
 
@@ -100,6 +103,11 @@ def _prepare(settings: Prepare, progress: Progress, text_key: str, workers: int,
     if given and settings.fim_rate:
         for role in ("fim_begin", "fim_hole", "fim_end"):
             given.special(role)
+    if given and given.vocab_size > _LARGEST_VOCABULARY:
+        raise UserError(
+            f"{given.name}: token {given.vocab_size - 1} is beyond any tokenizer; give one of at most "
+            f"{_LARGEST_VOCABULARY} tokens"
+        )
     if not given and settings.vocab_size > _LARGEST_VOCABULARY:
         raise UserError(f"vocab_size: {settings.vocab_size} is beyond any tokenizer; set at most {_LARGEST_VOCABULARY}")
     if not given and settings.vocab_size < SMALLEST_VOCABULARY:
@@ -108,11 +116,15 @@ def _prepare(settings: Prepare, progress: Progress, text_key: str, workers: int,
             f"set at least {SMALLEST_VOCABULARY}"
         )
     files = find(settings.inputs)
-    with _parts_directory(prefix) as parts, workers_pool(workers) as pool:
-        hashes = _hash(files, pool, progress)
-        tokenizer, trained_on = _tokenizer(parts, settings, given, files, hashes, text_key, progress)
+    names = ", ".join(settings.inputs)
+    with parts.directory(prefix) as made_in, workers_pool(workers) as pool:
+        files, hashes = _examine(files, text_key, pool, progress)
+        found = quality.look(files, text_key)
+        quality.refuse_unreadable(found, settings.max_bad, names)
+        tokenizer, trained_on = _tokenizer(made_in, settings, given, files, hashes, text_key, progress)
+        quality.refuse_lossy(found, given or tokenizer, names)
         work = Work(
-            parts=str(parts),
+            parts=str(made_in),
             tokenizer=tokenizer.name,
             fim_rate=settings.fim_rate,
             seed=settings.seed,
@@ -124,7 +136,9 @@ def _prepare(settings: Prepare, progress: Progress, text_key: str, workers: int,
         counts, bad = _counts(files, results)
         if counts.documents == 0:
             reason = f"; {_place(bad[0])}: {bad[0].reason}" if bad else ""
-            raise UserError(f"{', '.join(settings.inputs)}: no document with text among {counts.files} files{reason}")
+            raise UserError(f"{names}: no document with text among {counts.files} files{reason}")
+        first = f"{_place(bad[0])}: {bad[0].reason}" if bad else ""
+        quality.refuse(results, counts.files, first, given or tokenizer, settings.max_bad, names)
         merged = merge(results, work, tokenizer.vocab_size, progress)
         result = Manifest(
             settings=asked,
@@ -141,6 +155,7 @@ def _prepare(settings: Prepare, progress: Progress, text_key: str, workers: int,
             max_token=merged.max_token,
             unigram_entropy=merged.unigram_entropy,
             sha256={"bin": merged.bin_sha256, "idx": merged.idx_sha256},
+            blocks=merged.bin_blocks,
             inputs=[manifest.Source(name=f.name, bytes=f.size, sha256=hashes[f.path]) for f in files],
             versions={
                 "dsv3_train": dsv3_train.__version__,
@@ -149,10 +164,10 @@ def _prepare(settings: Prepare, progress: Progress, text_key: str, workers: int,
                 "python": platform.python_version(),
             },
         )
-        manifest.save(result, parts / "manifest.json")
-        shutil.copyfile(tokenizer.name, parts / "published.json")
-        (parts / "published_config.json").write_bytes(tokenizer.complete()[CONFIGURATION])
-        told = (parts / "published.json", parts / "published_config.json", parts / "manifest.json")
+        manifest.save(result, made_in / "manifest.json")
+        shutil.copyfile(tokenizer.name, made_in / "published.json")
+        (made_in / "published_config.json").write_bytes(tokenizer.complete()[CONFIGURATION])
+        told = (made_in / "published.json", made_in / "published_config.json", made_in / "manifest.json")
         finished = (merged.bin, merged.idx, *told)
         for unfinished, name in zip(finished, _PUBLISHED, strict=True):
             _publish(unfinished, Path(f"{prefix}.{name}"))
@@ -173,7 +188,7 @@ def _existing(prefix: str, asked: manifest.Settings, eos_id: int | None) -> Mani
     if found is None:
         for name in ("bin", "idx"):
             # An interrupted run of ours may have got as far as this, but then its parts are still there.
-            if os.path.exists(f"{prefix}.{name}") and not os.path.isdir(f"{prefix}.parts"):
+            if os.path.exists(f"{prefix}.{name}") and not parts.left(prefix):
                 raise UserError(
                     f"{prefix}.{name}: exists without a manifest, so it is not ours to overwrite; "
                     "remove it or choose another output"
@@ -227,53 +242,37 @@ def _is_there(given: str) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def _parts_directory(prefix: str) -> Iterator[Path]:
-    """PREFIX.parts, locked; removed at the end and after a fault of the input, kept for a run that was cut short."""
-    parts = Path(f"{prefix}.parts")
-    try:
-        parts.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{prefix}: cannot be written ({error.strerror}); choose another output") from None
-    with open(parts / "lock", "w") as lock:
-        if not locks.alone(lock):
-            raise BeingPrepared(f"{parts}: another process is preparing this dataset; wait for it")
-        try:
-            yield parts
-        except BaseException as error:
-            if isinstance(error, UserError) or not any(parts.glob("*.json")):
-                locks.remove(parts, lock)
-            raise
-        locks.remove(parts, lock)
-
-
-def _hash(files: list[InputFile], pool: Executor | None, progress: Progress) -> dict[str, str]:
-    """sha256 of each file by path."""
+def _examine(
+    files: list[InputFile], text_key: str, pool: Executor | None, progress: Progress
+) -> tuple[list[InputFile], dict[str, str]]:
+    """The files with their formats, and the sha256 of each by path."""
     hashes: dict[str, str] = {}
+    known: dict[str, Format] = {}
     done, total = 0, sum(file.size for file in files)
     # Many small files make one task: handing a file over costs more than hashing it.
     groups = [files[i : i + 64] for i in range(0, len(files), 64)]
-    for number, result in each(pool, hash_files, [([file.path for file in group],) for group in groups]):
-        hashes.update(zip((file.path for file in groups[number]), result, strict=True))
-        done += sum(file.size for file in groups[number])
+    for number, result in each(pool, examine, [([file.path for file in group], text_key) for group in groups]):
+        for file, (digest, found) in zip(groups[number], result, strict=True):
+            hashes[file.path], known[file.path] = digest, found
+            done += file.size
         progress("hashing", done, total)
-    return hashes
+    return [replace(file, format=known[file.path]) for file in files], hashes
 
 
-def hash_files(paths: list[str]) -> list[str]:
-    """sha256 of each file."""
-    digests = []
+def examine(paths: list[str], text_key: str) -> list[tuple[str, Format]]:
+    """sha256 and format of each file."""
+    found = []
     for path in paths:
         digest = hashlib.sha256()
         with open(path, "rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
-        digests.append(digest.hexdigest())
-    return digests
+        found.append((digest.hexdigest(), formats.look(path, text_key)))
+    return found
 
 
 def _tokenizer(
-    parts: Path,
+    made_in: Path,
     settings: Prepare,
     given: Tokenizer | None,
     files: list[InputFile],
@@ -281,14 +280,14 @@ def _tokenizer(
     text_key: str,
     progress: Progress,
 ) -> tuple[Tokenizer, int | None]:
-    """The tokenizer as a file in `parts`, and the characters it was trained on."""
+    """The tokenizer as a file in `made_in`, and the characters it was trained on."""
     if given:
         for name, bytes_of in given.complete().items():  # workers take their tokens from the configuration
-            (parts / f"given.{name}").write_bytes(bytes_of)
-        return Tokenizer.load(parts / f"given.{DEFINITION}"), None
+            (made_in / f"given.{name}").write_bytes(bytes_of)
+        return Tokenizer.load(made_in / f"given.{DEFINITION}"), None
     content = "".join(hashes[file.path] for file in files)
     key = hashlib.sha256(f"{settings.vocab_size} {text_key} {TRAINING_BOUND} {content}".encode()).hexdigest()[:32]
-    sizes = list(parts.glob(f"trained-{key}-*.json"))
+    sizes = list(made_in.glob(f"trained-{key}-*.json"))
     if not sizes:
         seen = 0
 
@@ -300,24 +299,32 @@ def _tokenizer(
                 yield text
 
         definition = train(counted(), settings.vocab_size)
-        unfinished = parts / "trained.tmp"
+        unfinished = made_in / "trained.tmp"
         unfinished.write_bytes(definition)
-        sizes = [parts / f"trained-{key}-{seen}.json"]
+        sizes = [made_in / f"trained-{key}-{seen}.json"]
         os.replace(unfinished, sizes[0])
     return Tokenizer.load(sizes[0]), int(sizes[0].stem.split("-")[-1])
 
 
 def _sample(files: list[InputFile], text_key: str) -> Iterator[str]:
-    """Documents to train a tokenizer on: the beginning of every file, TRAINING_BOUND characters in all."""
+    """Documents to train a tokenizer on: the beginning of every file, TRAINING_BOUND characters in all.
+
+    Long ones come in pieces, of which the tokenizer counts the same words; one that cannot be cut is left out.
+    """
     per_file = max(TRAINING_BOUND // len(files), 1 << 20)
     left = TRAINING_BOUND
+    cutter = Cutter(json.loads(train([], SMALLEST_VOCABULARY)))
     for file in files:
         left_of_file = min(per_file, left)
-        for _, text in read(Piece(file, 0, file.size), text_key):
-            if isinstance(text, str) and text:
-                yield text[:left_of_file]
-                taken = min(len(text), left_of_file)
-                left_of_file, left = left_of_file - taken, left - taken
+        for _, item in read(Piece(file, 0, file.size), text_key):
+            if item and not isinstance(item, Fault):
+                texts = [item[:left_of_file]] if isinstance(item, str) else item.characters(0, left_of_file)
+                try:
+                    for text in cutter.pieces(texts):
+                        yield text
+                        left_of_file, left = left_of_file - len(text), left - len(text)
+                except Damaged:  # told when it is tokenised
+                    pass
             if left_of_file == 0:
                 break
         if left == 0:

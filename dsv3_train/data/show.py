@@ -8,7 +8,7 @@ from typing import Union
 
 import numpy as np
 
-from dsv3_train.data import index, manifest
+from dsv3_train.data import identity, index, manifest
 from dsv3_train.data.tokenizer import Tokenizer
 from dsv3_train.errors import UserError
 
@@ -39,8 +39,11 @@ class Contents:
     document: Document
 
 
-def show(prefix: str, number: int) -> Contents:
+def show(prefix: str, number: int, verify: bool = False) -> Contents:
     """Verify the whole index of the dataset at `prefix` and open its document `number` (from 0).
+
+    Args:
+        verify: read all tokens too and compare their hash with the manifest's.
 
     Raises:
         UserError: the dataset is not whole, contradicts its manifest, or has no such document.
@@ -48,6 +51,8 @@ def show(prefix: str, number: int) -> Contents:
     found = index.read(prefix)
     index.verify(prefix, found)
     known = manifest.load(prefix)
+    if verify:
+        identity.compare_whole(prefix, known)
     if known and (known.counts.tokens, known.counts.documents) != (found.tokens, len(found.lengths)):
         raise UserError(
             f"{manifest.path_of(prefix)}: {known.counts.documents} documents and {known.counts.tokens} tokens, but in "

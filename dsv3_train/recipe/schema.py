@@ -188,6 +188,8 @@ class Prepare(Section):
     fim_rate: float = Field(default=0.0, ge=0, le=1)
     """Share of documents rearranged for fill-in-the-middle (PSM); 0.1 in the report, section 4.1."""
     seed: int = 1234
+    max_bad: float = Field(default=0.01, ge=0, le=1)
+    """Share of documents (and of files to their end) that may be unreadable; with more, nothing is written."""
 
 
 class Data(Section):

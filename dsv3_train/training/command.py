@@ -25,6 +25,7 @@ from dsv3_train.runtime.launch import ATTEMPT, Restarts, joined_world, launch
 from dsv3_train.runtime.rendezvous import Absent
 from dsv3_train.runtime.signals import StopRequest, end_when_asked
 from dsv3_train.runtime.watchdog import Watchdog
+from dsv3_train.training import data_identity
 from dsv3_train.training.indices import ready_data
 from dsv3_train.training.machine import refuse_machine, told_when_full
 from dsv3_train.training.rundir import hold, write_state
@@ -129,6 +130,7 @@ def _train_on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) 
             ready_data(recipe)
         notes += open_run_dir(run_dir, recipe, dump(recipe), topology(recipe))
         notes += tokenizer_home.keep(run_dir, recipe)
+        notes += data_identity.keep(recipe, run_dir)
         if recipe.data.prepare and (changes := changed_inputs(recipe.data.prepare)):
             notes.append(f"{recipe.data.prepare.output}: {changes}; the run takes it as it is")
         write_state(run_dir, "running")

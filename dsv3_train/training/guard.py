@@ -7,6 +7,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -21,6 +22,8 @@ from dsv3_train.training.losses import Losses
 from dsv3_train.training.skips import Skip, Skips
 from dsv3_train.training.spikes import Spikes
 from dsv3_train.training.step import Trainer
+
+_NO_SAMPLE = 2**62
 
 
 class Verdict(enum.Enum):
@@ -84,11 +87,21 @@ class Guard:
         return self._agree(False)[1]
 
     def gradients(
-        self, compute: Callable[[], Losses], step: int, first_sample: int, batch_size: int
+        self,
+        compute: Callable[[], Losses],
+        step: int,
+        first_sample: int,
+        batch_size: int,
+        outside: int | None = None,
+        told: Callable[[int], str] = str,
     ) -> tuple[Losses, Verdict]:
         """Compute a step's gradients, and whether they may be applied. Collective.
 
         Routing biases, which Megatron updates with the gradients, are as before where they may not.
+
+        Args:
+            outside: a sample that this rank read, of which a token is outside the vocabulary.
+            told: what to say of such a sample.
 
         Raises:
             UserError: more batches in a row than the recipe allows were unusable.
@@ -105,11 +118,14 @@ class Guard:
             self._end_if(Rerun(self._trainer, again).compare(losses), step)
         if self._faults.compare_interval and step % self._faults.compare_interval == 0:
             self._end_if(compare_replicas(self._trainer), step)
-        unusable, stop = self._agree(not math.isfinite(losses.loss) or not finite_gradients(self._trainer))
+        unusable, stop = self._agree(
+            outside is not None or not math.isfinite(losses.loss) or not finite_gradients(self._trainer)
+        )
         self._loss = losses.loss
         if unusable:
             self._put_back(before)
-            self._pass_over(losses, step, first_sample, batch_size)
+            first = self.first_outside(outside)
+            self._pass_over(losses, step, first_sample, batch_size, None if first is None else told(first))
             return losses, Verdict.PASS_OVER_AND_STOP if stop else Verdict.PASS_OVER
         self._unusable = 0
         if self._spikes.add(losses.loss):
@@ -142,18 +158,27 @@ class Guard:
 
         return max(0, bisect_right(range(end), end, key=ends) - 1)
 
-    def _pass_over(self, losses: Losses, step: int, first_sample: int, batch_size: int) -> None:
+    def first_outside(self, sample: int | None) -> int | None:
+        """The first of the samples that ranks found to hold a token outside the vocabulary. Collective."""
+        first = torch.tensor(_NO_SAMPLE if sample is None else sample, device=torch.cuda.current_device())
+        torch.distributed.all_reduce(first, op=torch.distributed.ReduceOp.MIN)
+        return None if int(first) == _NO_SAMPLE else int(first)
+
+    def _pass_over(self, losses: Losses, step: int, first_sample: int, batch_size: int, outside: str | None) -> None:
         self._unusable += 1
         last = first_sample + batch_size - 1
-        finite = math.isfinite(losses.loss)
+        finite = math.isfinite(losses.loss) and outside is None
         what = f"a gradient is not finite (loss {losses.loss:.4f})" if finite else f"loss is {losses.loss}"
-        self._incident("not finite", f"step {step}: {what}; passed over, samples {first_sample}-{last}")
-        skip = Skip(first_sample, last, "not finite", step, losses.loss if finite else None)
+        reason: Literal["token", "not finite"] = "token" if outside else "not finite"
+        what = outside or what
+        self._incident(reason, f"step {step}: {what}; passed over, samples {first_sample}-{last}")
+        skip = Skip(first_sample, last, reason, step, losses.loss if finite else None)
         self.skips.add(skip, write=torch.distributed.get_rank() == 0)
         if self._unusable >= self._faults.max_unusable:
+            remedy = "prepare the data with the tokenizer of this model" if outside else "lower schedule.lr"
             raise UserError(
                 f"step {step}: {what}, as in the {self._unusable - 1} global batches before it "
-                "(faults.max_unusable); go back to an earlier checkpoint, or lower schedule.lr"
+                f"(faults.max_unusable); go back to an earlier checkpoint, or {remedy}"
             )
 
     def _put_back(self, routing_biases: list[torch.Tensor]) -> None:

@@ -16,6 +16,7 @@ from dsv3_train.errors import UserError
 from dsv3_train.optim.schedules import Schedules
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import distributed
+from dsv3_train.training import data_identity
 from dsv3_train.training.rundir import hold
 
 Datasets = tuple[torch.utils.data.Dataset, "torch.utils.data.Dataset | None"]
@@ -38,7 +39,7 @@ def ready_data(recipe: Recipe) -> None:
     """Prepare what the recipe says, unless it is there; runs that begin together (a sweep) do so once.
 
     Raises:
-        UserError: see `datasets.check` and `tokenizer_home.find_checked`.
+        UserError: see `prepare`, `datasets.check`, `tokenizer_home.find_checked` and `data_identity.refuse_other`.
     """
     waited = False
     while recipe.data.prepare:
@@ -52,6 +53,7 @@ def ready_data(recipe: Recipe) -> None:
             time.sleep(1)
     datasets.check(recipe)
     tokenizer_home.find_checked(recipe.run_dir, recipe)
+    data_identity.refuse_other(recipe, recipe.run_dir)
 
 
 def eval_sequences(recipe: Recipe) -> int:
@@ -78,6 +80,7 @@ def build(recipe: Recipe) -> Indexed:
     except OSError as error:
         raise UserError(f"runtime.run_dir: {run_dir} cannot be written ({error.strerror}); set another") from None
     ready_data(recipe)
+    data_identity.keep(recipe, run_dir)
     distributed.prepare_import("cuda" if torch.cuda.is_available() else "cpu", recipe)
     cache = run_dir / "cache"
     before, start = _bytes(cache), time.monotonic()

@@ -12,11 +12,19 @@ from dsv3_train.checkpoint import tokenizer_home
 from dsv3_train.checkpoint.directory import complete, resolve
 from dsv3_train.checkpoint.hf.fill import carry, load_published
 from dsv3_train.checkpoint.hf.origin import PREFIX
-from dsv3_train.checkpoint.load import begin_from_weights, load_training, newest, refuse_damaged, refuse_rounded_masters
+from dsv3_train.checkpoint.load import (
+    begin_from_weights,
+    load_training,
+    newest,
+    refuse_damaged,
+    refuse_rounded_masters,
+    trained_on,
+)
 from dsv3_train.checkpoint.state import Position
 from dsv3_train.errors import UserError
 from dsv3_train.optim.ema import ParameterEma
 from dsv3_train.recipe.schema import Recipe
+from dsv3_train.training import data_identity
 from dsv3_train.training.guard import Guard
 from dsv3_train.training.step import Trainer
 
@@ -109,6 +117,8 @@ class Resume:
                 f"not {length}"
             )
         self.guard.restore(guarded)
+        if torch.distributed.get_rank() == 0:  # whose log has the notes
+            notes += data_identity.unlike(path, trained_on(path), data_identity.of_run(self.recipe, self.run_dir))
         return position, [f"resumed from {path} at step {position.step}", *notes]
 
     def _published(self, path: Path) -> list[str]:

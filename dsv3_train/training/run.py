@@ -17,6 +17,7 @@ from dsv3_train.checkpoint.save import CheckpointWriter
 from dsv3_train.checkpoint.state import training_state
 from dsv3_train.data import batches as data_batches
 from dsv3_train.data import manifest
+from dsv3_train.data.locate import outside as outside_told
 from dsv3_train.data.sets import train_sets
 from dsv3_train.errors import UserError
 from dsv3_train.optim.ema import ParameterEma
@@ -27,7 +28,7 @@ from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import heartbeat, incidents
 from dsv3_train.runtime.exits import PREEMPTED
 from dsv3_train.runtime.signals import StopRequest
-from dsv3_train.training import cuda_graph, indices
+from dsv3_train.training import cuda_graph, data_identity, indices
 from dsv3_train.training.assemble import assemble
 from dsv3_train.training.guard import Guard, Verdict
 from dsv3_train.training.log import RunLog
@@ -74,8 +75,11 @@ class Run:
         self.schedules = Schedules(recipe)
         self.leader = torch.distributed.get_rank() == 0
         self.log: RunLog | None = None
+        self._outside: list[int] = []
+        """Samples of the micro-batch just read that hold a token outside the vocabulary."""
         self.eval_sequences = indices.eval_sequences(recipe)
         self.train_data, self.valid_data = indices.of_run(recipe, run_dir)
+        self.trained_on = data_identity.of_run(recipe, run_dir)
         startup.mark("datasets")
         self.trainer = assemble(recipe, device)
         self.ema = ParameterEma(self.trainer.models, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
@@ -245,9 +249,6 @@ class Run:
     def _prefixes(self) -> list[str]:
         return [dataset.path for dataset in train_sets(self.recipe)]
 
-    def _data_names(self) -> str:
-        return ", ".join([*self._prefixes(), *(dataset.path for dataset in self.recipe.data.valid)])
-
     def _plan(self, stop_after: int | None) -> Iterator[tuple[int, int]]:
         """First sample and size of each global batch from here on."""
         position = self.position
@@ -273,7 +274,7 @@ class Run:
             workers=self.recipe.data.workers,
             pin_memory=self.device == "cuda",
         )
-        on_cpu = data_batches.within(self.recipe.model.vocab_size, on_cpu, self._data_names())
+        on_cpu = data_batches.within(self.recipe.model.vocab_size, on_cpu, self._outside.append)
         return ({name: x.to(self.device, non_blocking=True) for name, x in batch.items()} for batch in on_cpu)
 
     def _step(self, reader: Iterator[Batch] | None, first_sample: int, batch_size: int) -> Verdict:
@@ -285,11 +286,12 @@ class Run:
         clock = StepClock(self.device)
         values = self.schedules.at(first_sample, self.position.step)
         count = micro_batches_per_step(self.recipe, batch_size)
-        batches = [next(reader) for _ in range(count)] if reader else None
+        batches, outside = self._draw(reader, count, first_sample)
         clock.mark("data")
         heartbeat.mark("forward and backward")
         compute = self.watch.watched(functools.partial(forward_backward, self.trainer, values, batches, count), number)
-        losses, verdict = self.guard.gradients(compute, number, first_sample, batch_size)
+        told = functools.partial(outside_told, self.train_data, vocab_size=self.recipe.model.vocab_size)
+        losses, verdict = self.guard.gradients(compute, number, first_sample, batch_size, outside, told)
         clock.mark("forward_backward")
         if verdict is Verdict.ROLL_BACK:
             return verdict
@@ -312,6 +314,20 @@ class Run:
         if overlap and self.log:
             self.log.overlap(number, overlap)
         return verdict
+
+    def _draw(
+        self, reader: Iterator[Batch] | None, count: int, first_sample: int
+    ) -> tuple[list[Batch] | None, int | None]:
+        """So many micro-batches, and the first of their samples that holds a token outside the vocabulary."""
+        if reader is None:
+            return None, None
+        size, batches, samples = self.recipe.training.micro_batch_size, [], []
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        for number in range(count):
+            self._outside.clear()
+            batches.append(next(reader))
+            samples += [first_sample + (number * ranks + rank) * size + row for row in self._outside]
+        return batches, min(samples, default=None)
 
     def _advance(self, batch_size: int) -> None:
         self.position.step += 1
@@ -374,7 +390,12 @@ class Run:
         gather_parameters(self.trainer)
         count = micro_batches_per_step(self.recipe, self.eval_sequences)
         reader = self._read(self.valid_data, iter([(0, self.eval_sequences)]))
-        loss = evaluate(self.trainer, list(reader) if reader else None, count)
+        batches, outside = self._draw(reader, count, 0)
+        if (first := self.guard.first_outside(outside)) is not None:
+            told = outside_told(self.valid_data, first, self.recipe.model.vocab_size)
+            self._incident("token", f"no validation at step {self.position.step}: {told}, in the validation data")
+            return
+        loss = evaluate(self.trainer, batches, count)
         self.last_validation = loss
         if self.log:
             self.log.validation(self.position.step, self.position.consumed_tokens, loss)
@@ -393,5 +414,6 @@ class Run:
             loading=False,
             with_random_state=True,
             tokenizer=self.tokenizer,
+            data=self.trained_on,
         )
         self.writer.save(state, self.position.step, functools.partial(fill, self.trainer.optimizer))

@@ -12,7 +12,7 @@ from dsv3_train.errors import UserError
 from dsv3_train.optim.schedules import Schedules
 from dsv3_train.recipe.load import load
 from dsv3_train.runtime import distributed
-from dsv3_train.training import indices, skips
+from dsv3_train.training import data_identity, indices, skips
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def samples(run_dir: Path, asked: list[str]) -> list[Sample]:
     total = Schedules(recipe).total_samples
     numbers = list(dict.fromkeys(number for text in asked for number in _numbers(text, known, total)))
     distributed.prepare_import(distributed.device_of(recipe))
+    data_identity.refuse_other(recipe, run_dir)
     dataset, _ = indices.of_run(recipe, run_dir)
     home = tokenizer_home.find(run_dir, recipe)
     tokenizer = home.tokenizer if home and home.sha256 else None

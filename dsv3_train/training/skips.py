@@ -24,7 +24,7 @@ class Skip:
 
     first: int
     last: int
-    reason: Literal["recipe", "not finite", "spike"]
+    reason: Literal["recipe", "not finite", "spike", "token"]
     step: int = 0
     """At which it was found, from 1."""
     loss: float | None = None
