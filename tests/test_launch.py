@@ -15,6 +15,7 @@ import pytest
 
 from dsv3_train.errors import UserError
 from dsv3_train.runtime import launch as launching
+from dsv3_train.runtime import launcher
 from dsv3_train.runtime.exits import PREEMPTED
 from dsv3_train.runtime.launch import launch
 
@@ -173,7 +174,7 @@ def test_steps_beside_each_other_meet_apart(monkeypatch, tmp_path):
         environment |= {"SLURM_STEP_ID": step, "SLURM_STEP_NODELIST": node, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
         with monkeypatch.context() as patch:
             patch.setattr(os, "environ", environment)
-            assert launching.joined_world() == 2
+            assert launcher.join().world_size == 2
         met.append((environment["MASTER_ADDR"], environment["MASTER_PORT"]))
     assert met == [("n0", "20041"), ("n1", "21050")]
 
@@ -182,14 +183,14 @@ def test_an_interactive_shell_is_no_step(monkeypatch):
     """As SLURM 22.05 sets them in the shell of `salloc -n2` with use_interactive_step."""
     shell = {**STEP, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}
     monkeypatch.setattr(os, "environ", shell)
-    assert launching.joined_world() is None
+    assert launcher.join() is None
 
 
 def test_srun_where_scontrol_is_not(monkeypatch, tmp_path):
     step = {**STEP, "SLURM_STEP_ID": "0", "SLURM_JOB_NODELIST": "n[0-1]", "PATH": str(tmp_path)}
     monkeypatch.setattr(os, "environ", step)
     with pytest.raises(UserError, match=r"MASTER_ADDR: not set, and scontrol .* first of n\[0-1\]"):
-        launching.joined_world()
+        launcher.join()
 
 
 def test_asked_to_stop_before_there_is_anything_to_save():
@@ -201,8 +202,8 @@ def test_asked_to_stop_before_there_is_anything_to_save():
 
 
 def test_another_world_than_the_launcher(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "8")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "n0", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"parallel\.world_size.*4.*8"):
         launch(lambda: None, 4, "cuda")
 

@@ -88,7 +88,7 @@ def test_a_limit_of_open_files_is_raised_or_told(hard, message):
 
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (80, hard))
-        store, _ = meet(here(host="n0"), seconds=20, per_node=2)
+        store, _, _ = meet(here(host="n0"), seconds=20, per_node=2)
         store.set(f"left/{os.environ['RANK']}", "")
         if os.environ["RANK"] == "0":
             store.wait(["left/1"])

@@ -20,7 +20,8 @@ from dsv3_train.recipe.ready import refuse_unready
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import deterministic, distributed, heartbeat, preflight_run
 from dsv3_train.runtime.exits import PREEMPTED
-from dsv3_train.runtime.launch import ATTEMPT, Restarts, joined_world, launch
+from dsv3_train.runtime.launch import ATTEMPT, Restarts, launch
+from dsv3_train.runtime.launcher import join
 from dsv3_train.runtime.rendezvous import Absent
 from dsv3_train.runtime.signals import StopRequest, end_when_asked
 from dsv3_train.runtime.watchdog import Watchdog
@@ -43,7 +44,7 @@ def run(ref: str, overrides: list[str]) -> None:
     Schedules(recipe)  # whether it goes to the end
     device = distributed.device_of(recipe)
     startup.mark("interpreter, torch and recipe")
-    joined = joined_world() is not None
+    joined = join() is not None
     if not joined:  # before any process starts; under a launcher, the ranks see to it
         _refuse_begin(recipe)
         refuse_machine(recipe, device)

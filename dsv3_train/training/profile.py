@@ -17,7 +17,8 @@ from dsv3_train.recipe.load import load
 from dsv3_train.recipe.ready import refuse_unready
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import distributed
-from dsv3_train.runtime.launch import joined_world, launch
+from dsv3_train.runtime.launch import launch
+from dsv3_train.runtime.launcher import join
 from dsv3_train.training.machine import refuse_machine, told_when_full
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def run(recipe: Recipe, plan: Plan, done: Callable[[], None]) -> None:
     if beyond:
         raise UserError(f"--ranks: {beyond[0]} is none of the recipe's {world} ranks (0 to {world - 1})")
     device = distributed.device_of(recipe)
-    if joined_world() is None:
+    if join() is None:
         refuse_machine(recipe, device)
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
