@@ -17,6 +17,7 @@ TORCHRUN = {
     **{"MASTER_ADDR": "n0", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none"},
 }
 """torch 2.13, the second of two nodes."""
+ALONE = {**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 BATCH = {
     "SLURM_JOB_ID": "41",
     "SLURM_PROCID": "0",
