@@ -29,7 +29,7 @@ def _processes_here(recipe: Recipe, found: Probe) -> int:
     """Processes of the run on this machine: all of them, or under a launcher one machine's share."""
     world, per_node = recipe.parallel.world_size, recipe.parallel.gpus_per_node
     try:
-        joined = launcher.read(found.launcher, first_host=str)
+        joined = launcher.read(found.launcher, first_host=lambda nodes: "first")
     except UserError:
         joined = None
     return min(world, per_node) if joined else world
@@ -38,7 +38,7 @@ def _processes_here(recipe: Recipe, found: Probe) -> int:
 def _processes(recipe: Recipe, found: Probe) -> Iterator[Lack]:
     world = recipe.parallel.world_size
     try:
-        joined = launcher.read(found.launcher, first_host=str)
+        joined = launcher.read(found.launcher, first_host=lambda nodes: "first")
     except UserError as error:
         yield "error", str(error)
         return
