@@ -10,8 +10,19 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    PrivateAttr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from dsv3_train.errors import UNSEEN
 from dsv3_train.recipe.chunks import PAIRING, stage_count
 from dsv3_train.recipe.quantity import Extent
 
@@ -20,6 +31,16 @@ class Section(BaseModel):
     """A part of a recipe: unknown keys are refused, values are not coerced from other types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    @field_validator("*")
+    @classmethod
+    def _no_control_characters(cls, value: Any, info: ValidationInfo) -> Any:
+        """Names and paths end in shell scripts, file names and terminals."""
+        lines = info.field_name in ("description", "layout")
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (UNSEEN.search(text) or (not lines and re.search(r"[\n\t]", text))):
+                raise ValueError(f"{ascii(text)[:100]} has a control character in it; take it out")
+        return value
 
 
 class RopeScaling(Section):
@@ -369,6 +390,13 @@ class Recipe(Section):
     faults: Faults = Faults()
     logging: Logging = Logging()
     runtime: Runtime = Runtime()
+    _private: bool = PrivateAttr(False)
+
+    @property
+    def file_mode(self) -> int:
+        """Of files that hold the resolved recipe: 0600 where a value came from the environment, or from a file that
+        others may not read."""
+        return 0o600 if self._private else 0o666
 
     @property
     def run_dir(self) -> Path:

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -45,7 +46,7 @@ def open_run_dir(run_dir: Path, recipe: Recipe, resolved: str, topology: dict[st
     try:
         notes = hold(run_dir)
         notes += _keep_recipe_before(run_dir, recipe)
-        _write(run_dir / "recipe.yaml", resolved)
+        _write(run_dir / "recipe.yaml", resolved, recipe.file_mode)
         _write(run_dir / "topology.json", json.dumps(topology, indent=1))
         _write(run_dir / "environment.json", json.dumps(environment(), indent=1))
     except OSError as error:
@@ -127,7 +128,7 @@ def _keep_recipe_before(run_dir: Path, recipe: Recipe) -> list[str]:
     kept = run_dir / f"recipe-before-{checkpoints[-1].name if checkpoints else 'step_00000000'}.yaml"
     # One that is there already led to this checkpoint; what was tried since left nothing.
     if changes and not kept.exists():
-        _write(kept, latest.read_text(encoding="utf-8"))
+        _write(kept, latest.read_text(encoding="utf-8"), stat.S_IMODE(latest.stat().st_mode))
     return [f"recipe changed: {key} was {before}, is {now}" for key, before, now in changes]
 
 
@@ -168,7 +169,11 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, mode: int = 0o666) -> None:
+    """As `whole.write`, and an error of the disk as such."""
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
+    with contextlib.suppress(FileNotFoundError):
+        unfinished.unlink()
+    with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+        file.write(text)
     os.replace(unfinished, path)

@@ -116,7 +116,8 @@ def started(function: str, *folders: Path) -> subprocess.Popen:
     )
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "TWO_HOSTS": json.dumps(NAMES)}
-    return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, env=environment)
+    command = [sys.executable, "-c", script, *map(str, folders)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def test_two_hosts_train_as_one_does(hosts, tmp_path):
@@ -146,7 +147,8 @@ def test_a_cut_cable_is_named(hosts, tmp_path):
         beats = [heartbeat.read(tmp_path / "heartbeats" / str(rank)) for rank in range(4)]
         if all(beat is not None and beat.marks > 100 for beat in beats):
             break
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
         time.sleep(0.2)
     ip("-n", NAMES[1], "link", "set", "cable-b", "down")
     cut = time.monotonic()
