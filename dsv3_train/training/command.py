@@ -27,7 +27,7 @@ from dsv3_train.runtime.signals import StopRequest, end_when_asked
 from dsv3_train.runtime.watchdog import Watchdog
 from dsv3_train.training.indices import ready_data
 from dsv3_train.training.machine import refuse_machine, told_when_full
-from dsv3_train.training.rundir import hold, write_state
+from dsv3_train.training.rundir import hold, missing, undo, write_state
 from dsv3_train.training.startup import Startup
 
 
@@ -86,14 +86,17 @@ def _import(recipe: Recipe, device: str) -> None:
 def _on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) -> None:
     """Train; rank 0 leaves in RUN_DIR/state how that ended, for whoever starts runs (runtime/slurm.py)."""
     leader = os.environ["RANK"] == "0"
+    made = missing(recipe.run_dir) if leader else []  # other ranks make nothing before they have met this one
     ended = "failed"
     try:
         _train_on_rank(recipe, device, startup, joined)
         ended = "finished"
     except Absent:
+        undo(made)
         raise
     except UserError:
         ended = "refused"
+        undo(made)
         raise
     except SystemExit as stop:
         ended = "preempted" if stop.code == PREEMPTED else "failed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -88,6 +89,24 @@ def hold(run_dir: Path, wait: bool = True) -> list[str]:
     _let_go()
     _held = lock
     return []
+
+
+def missing(run_dir: Path) -> list[Path]:
+    """The run directory and folders above it, as far as they are not there yet: what a command makes."""
+    return list(itertools.takewhile(lambda folder: not folder.exists(), [run_dir, *run_dir.parents]))
+
+
+def undo(made: list[Path]) -> None:
+    """Remove what a refused command has made (`missing`, before it), unless something was trained in it."""
+    if not made:
+        return
+    kept = [*made[0].glob("checkpoints/*"), made[0] / "incidents.jsonl", made[0] / "metrics.jsonl"]
+    if any(path.is_dir() or (path.is_file() and path.stat().st_size) for path in kept):
+        return
+    shutil.rmtree(made[0], ignore_errors=True)
+    for folder in made[1:]:
+        with contextlib.suppress(OSError):  # others have put something there
+            folder.rmdir()
 
 
 def _locked(lock: int, seconds: float) -> bool:
