@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
 from dsv3_train.errors import UserError
+from dsv3_train.runtime import network
 from dsv3_train.runtime.exchange import exchange
 from dsv3_train.runtime.launch import launch
+from dsv3_train.runtime.launcher import MEETING
 from dsv3_train.runtime.rendezvous import Presence, meet
 
 
@@ -52,6 +55,30 @@ def test_everyone_one_and_for_one():
         assert exchange(str, "") == ["", "", ""]
 
     launch(work, 3, "cpu")
+
+
+def test_one_machine_listens_on_loopback_alone(monkeypatch):
+    """The store too; and its keys stand under a word that differs from start to start."""
+    for name in network.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+    def work() -> None:
+        rank = joined()
+        words = exchange(str, os.environ[MEETING])
+        assert len(set(words)) == 1
+        assert len(words[0]) == 32
+        dist.new_group([0, 1])
+        connections = psutil.Process().net_connections()
+        listening = [one.laddr for one in connections if one.status == psutil.CONN_LISTEN]
+        assert {address.ip for address in listening} == {"127.0.0.1"}
+        ports = {address.port for address in listening}
+        assert (int(os.environ["MASTER_PORT"]) in ports) == (rank == 0)
+        store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), None, False)
+        assert not store.check([f"dsv3/0/here/{rank}"])
+        assert store.check([f"dsv3/{words[0]}/0/here/{rank}"])
+        dist.barrier()
+
+    launch(work, 2, "cpu")
 
 
 @pytest.mark.parametrize("sent", ["pickle", "brackets", "another type"])

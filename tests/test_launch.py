@@ -85,7 +85,10 @@ def test_ranks_started_again_end_with_a_killed_launcher(tmp_path):
         "sys.executable = sys.argv[1]\n"
         "launch(lambda: None, 2, 'cuda')\n"
     )
-    launcher = subprocess.Popen([sys.executable, "-c", code, str(rank)], cwd=tmp_path)
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    launcher = subprocess.Popen([sys.executable, "-c", code, str(rank)], cwd=tmp_path, env=environment)
     deadline = time.monotonic() + 60
     while len(pids := list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -93,6 +96,7 @@ def test_ranks_started_again_end_with_a_killed_launcher(tmp_path):
     assert [psutil.Process(pid).ppid() for pid in ranks] == [launcher.pid] * 2
     launcher.kill()
     launcher.wait()
+    assert not list(temporary.iterdir())
     deadline = time.monotonic() + 10
     while any(running(pid) for pid in ranks) and time.monotonic() < deadline:
         time.sleep(0.05)
