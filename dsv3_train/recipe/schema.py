@@ -10,37 +10,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PositiveInt,
-    PrivateAttr,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, PositiveInt, PrivateAttr, field_validator, model_validator
 
-from dsv3_train.errors import UNSEEN
 from dsv3_train.recipe.chunks import PAIRING, stage_count
 from dsv3_train.recipe.quantity import Extent
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are refused, values are not coerced from other types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
-
-    @field_validator("*")
-    @classmethod
-    def _no_control_characters(cls, value: Any, info: ValidationInfo) -> Any:
-        """Names and paths end in shell scripts, file names and terminals."""
-        lines = info.field_name in ("description", "layout")
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and (UNSEEN.search(text) or (not lines and re.search(r"[\n\t]", text))):
-                raise ValueError(f"{ascii(text)[:100]} has a control character in it; take it out")
-        return value
+from dsv3_train.recipe.section import Section
 
 
 class RopeScaling(Section):
@@ -271,9 +245,9 @@ class Schedule(Section):
     batch_size: Piecewise
     """Sequences per global batch, rounded down to a multiple of micro-batch size x data parallel size (and x pipeline
     size in the interleaved schedule)."""
-    mtp_weight: Piecewise = [Segment(constant=0.0)]
+    mtp_weight: Piecewise = [Segment(constant=0.0)]  # noqa: RUF012  pydantic copies it
     """Weight (lambda) of the Multi-Token Prediction loss."""
-    bias_update_speed: Piecewise = [Segment(constant=0.0)]
+    bias_update_speed: Piecewise = [Segment(constant=0.0)]  # noqa: RUF012  pydantic copies it
     """Step (gamma) of each expert's routing bias per global batch."""
     balance_loss: float = Field(default=1e-4, ge=0)
     """Weight (alpha) of the sequence-wise balance loss; constant in the report."""

@@ -26,7 +26,7 @@ from typing import IO, Any, NoReturn
 
 import psutil
 
-from dsv3_train.errors import UserError, of_file
+from dsv3_train.errors import UserError, of_file, printable
 from dsv3_train.runtime import heartbeat, incidents
 from dsv3_train.runtime.exits import FINAL, PREEMPTED, leave
 from dsv3_train.runtime.launcher import MEETING, join
@@ -166,9 +166,9 @@ def _say_what_happened(reports: list[_Report], first: _End, restarts: Restarts |
     last = heartbeat.read(restarts.run_dir / "heartbeats" / str(first.rank)) if restarts else None
     at = f"; last seen: {last}" if last else ""
     if hangs:
-        print(hangs[0], file=sys.stderr)
+        print(printable(hangs[0]), file=sys.stderr)
     elif first.code < 0:
-        text = f"rank {first.rank} was ended by {signal.Signals(-first.code).name} on {platform.node()}{at}"
+        text = printable(f"rank {first.rank} was ended by {signal.Signals(-first.code).name} on {platform.node()}{at}")
         print(text, file=sys.stderr)
         if first.code == -signal.SIGKILL:
             print("(a SIGKILL that nobody sent is the kernel's, out of memory: see dmesg)", file=sys.stderr)

@@ -188,11 +188,9 @@ def _header(job: Job, cluster: Cluster, on_gpu: bool, array: bool) -> list[str]:
 def _word(value: object, what: str) -> str:
     """As sbatch reads a word of its directives: in double quotes where need be, inside which nothing can be escaped."""
     text = str(value)
-    if UNSEEN.search(text) or re.search(r'[\n\t"\\\\]', text):
-        raise UserError(
-            f"{what}: {text!r}: SLURM's scripts take no quotes, backslashes and control characters; rename it"
-        )
-    return text if re.fullmatch(r"[\w@%+=:,./-]+", text) else f'"{text}"'
+    if UNSEEN.search(text) or re.search(r'[\n\t"\\]', text):
+        raise UserError(f'{what}: {text!r}: a batch script takes no ", backslashes and control characters; rename it')
+    return text if re.fullmatch(r"[A-Za-z0-9_@%+=:,./-]+", text) else f'"{text}"'
 
 
 def _places(job: Job, array: bool) -> list[str]:
