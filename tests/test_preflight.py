@@ -37,6 +37,18 @@ def test_missing_rank_is_named():
     assert time.monotonic() - start < 15
 
 
+def test_one_process_meets_again():
+    """As a comparison of two models in one process does."""
+
+    def work() -> None:
+        for _ in range(2):
+            store, _, _ = meet(here(host="n0"), seconds=20, per_node=2)
+            store.set(f"left/{os.environ['RANK']}", "")
+            store.wait(["left/0", "left/1"])
+
+    launch(work, 2, "cpu")
+
+
 def test_missing_rank_0_is_named():
     def work() -> None:
         if os.environ["RANK"] == "0":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -52,6 +53,9 @@ class _Verdict:
     """Of rank 0, as other machines reach it; empty: there are none."""
 
 
+_kept: dict[int, dist.Store] = {}
+"""By port: this process's own stores."""
+_meetings = itertools.count()
 _PRESENCE, _VERDICT = TypeAdapter(Presence), TypeAdapter(_Verdict)
 
 
@@ -117,15 +121,18 @@ def _store(place: launcher.Joined, timeout: datetime.timedelta) -> dist.Store:
     leads = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     assert place.port is not None
     listening = None
-    if leads and place.one_machine:
+    if leads and place.one_machine and place.port not in _kept:
         server = socket.socket()
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's own
         server.bind(("127.0.0.1", place.port))
         listening = server.detach()  # the store closes it
     options: dict[str, Any] = {"wait_for_workers": False, "multi_tenant": True, "master_listen_fd": listening}
-    store = dist.TCPStore(place.address, place.port, None, leads, timeout, **options)
-    # torchrun keeps its store over restarts.
-    words = ["dsv3", os.environ.get(launcher.MEETING, ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")]
+    store = _kept.get(place.port) or dist.TCPStore(place.address, place.port, None, leads, timeout, **options)
+    if leads:
+        _kept[place.port] = store
+    # torchrun keeps its store over restarts, and we ours over the meetings of one process.
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    words = ["dsv3", os.environ.get(launcher.MEETING, ""), restart, str(next(_meetings))]
     return dist.PrefixStore("/".join(words), store)
 
 
