@@ -36,7 +36,7 @@ def _print_json(report: Report) -> None:
     ranks = [{**asdict(one), **asdict(two)} for one, two in zip(report.everyone, report.measured, strict=True)]
     for rank in ranks:
         del rank["settings"]  # the recipe's, on all of them
-    print(json.dumps({"ranks": ranks, "findings": report.findings}))
+    print(json.dumps({"ranks": ranks, "findings": report.findings, "notes": report.notes}))
 
 
 def _print_table(report: Report) -> None:
@@ -56,6 +56,8 @@ def _print_table(report: Report) -> None:
     console.print(
         "the same on all: " + ", ".join(f"{name} {version}" for name, version in versions.items()), soft_wrap=True
     )
+    for line in report.notes:
+        console.print(line, markup=False, soft_wrap=True)
     for line in report.findings:
         console.print(line, style="yellow", markup=False, soft_wrap=True)
     if not report.findings:

@@ -27,7 +27,7 @@ def submit(
     time: Annotated[_Text, typer.Option(help="Limit of one job, as 24:00:00.")] = None,
     container: Annotated[_Text, typer.Option(help="Image for pyxis.")] = None,
     after: Annotated[_Text, typer.Option(help="Begin when this job has ended.", metavar="JOB")] = None,
-    chain: Annotated[int, typer.Option(min=1, help="Jobs in a row, each after the one before it.")] = 1,
+    chain: Annotated[int, typer.Option(min=1, max=1000, help="Jobs in a row, each after the one before it.")] = 1,
     sweep: Annotated[
         Optional[list[str]], typer.Option(help="key=v1,v2: one run per value, as an array.", metavar="KEY=V,V")
     ] = None,
@@ -47,8 +47,7 @@ def submit(
     from dsv3_train.runtime.slurm_jobs import prepare
 
     given = {"partition": partition, "account": account, "time": time, "container": container}
-    options = [f"--dependency=afterany:{after}"] if after else []
-    prepared = prepare(recipe, overrides or [], sweep or [], given, nodes, options, max_requeues)
+    prepared = prepare(recipe, overrides or [], sweep or [], given, nodes, after, max_requeues)
     if dry_run:
         _show(prepared.script, prepared.resolved, as_json)
         return
@@ -102,12 +101,16 @@ def status(run: _Run, as_json: Annotated[bool, typer.Option("--json", help="Prin
 
 
 def _print_status(found: Status) -> None:
-    print(f"job        {found.job or 'none'}  {found.queue or 'not in the queue'}")
-    print(f"state      {found.state}")
-    print(f"step       {found.step}")
-    print(f"checkpoint {found.checkpoint or 'none'}")
-    for incident in found.incidents:
-        print(f"{incident['time']}  {incident['kind']}: {incident['text']}")
+    from dsv3_train.errors import printable
+
+    lines = [
+        f"job        {found.job or 'none'}  {found.queue or 'not in the queue'}",
+        f"state      {found.state}",
+        f"step       {found.step}",
+        f"checkpoint {found.checkpoint or 'none'}",
+        *(f"{incident['time']}  {incident['kind']}: {incident['text']}" for incident in found.incidents),
+    ]
+    print(printable("\n".join(lines)))
 
 
 @app.command()
@@ -116,9 +119,11 @@ def logs(run: _Run, lines: Annotated[int, typer.Option(min=1, help="How many, fr
 
     Example: dsv3 slurm logs runs/dsv3_16b --lines 20
     """
+    from dsv3_train.errors import printable
+    from dsv3_train.lines import tail
     from dsv3_train.runtime.slurm_jobs import output
 
-    print("\n".join(output(run).read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]))
+    print(printable("\n".join(tail(output(run), lines))))
 
 
 @app.command()

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dsv3_train.errors import UserError
+
 _BLOCK = 1 << 20
+_LONGEST = 64 << 20
 
 
 def newest_first(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
@@ -15,6 +18,7 @@ def newest_first(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
 
     Raises:
         OSError: the file cannot be read.
+        UserError: a line is longer than any that a run writes.
     """
     with path.open("rb") as file:
         end, rest = file.seek(0, 2), b""  # `rest`: the beginning of a line whose end is in the block after it
@@ -22,6 +26,10 @@ def newest_first(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
             start = max(0, end - _BLOCK)
             file.seek(start)
             block = file.read(end - start) + rest
+            if len(block) > _LONGEST:
+                raise UserError(
+                    f"{path}: a line of more than {_LONGEST >> 20} MiB, which no run has written; remove it"
+                )
             first = 0 if start == 0 else block.find(b"\n") + 1 or len(block)
             rest, at = block[:first], start + len(block)
             for line in reversed(block[first:].splitlines(keepends=True)):
@@ -30,16 +38,23 @@ def newest_first(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
             end = start
 
 
+def tail(path: Path, lines: int) -> list[str]:
+    """The last lines of a text, of its last 64 MiB at most."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - _LONGEST))
+        return file.read(_LONGEST).decode(errors="replace").splitlines()[-lines:]
+
+
 def newest_step(path: Path) -> int:
     """The step of the last line that is whole; 0 without one."""
     if not path.is_file():
         return 0
-    return next((line["step"] for _, line in newest_first(path) if line and "step" in line), 0)
+    return next((line["step"] for _, line in newest_first(path) if line and isinstance(line.get("step"), int)), 0)
 
 
 def _object(line: bytes) -> dict[str, Any] | None:
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # cut short, or brackets without end
         return None
     return found if isinstance(found, dict) else None

@@ -9,8 +9,11 @@ from pathlib import Path
 from dsv3_train.errors import UserError
 
 
-def write(path: Path, content: str | bytes) -> None:
+def write(path: Path, content: str | bytes, mode: int = 0o666) -> None:
     """Under a temporary name, then renamed; folders are made.
+
+    Args:
+        mode: permissions, of which the umask takes away.
 
     Raises:
         UserError: it cannot be written.
@@ -18,7 +21,10 @@ def write(path: Path, content: str | bytes) -> None:
     partial = path.with_name(path.name + ".unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        with suppress(FileNotFoundError):
+            partial.unlink()  # of a process that was killed; or somebody's link
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)
     except OSError as error:
         with suppress(OSError):

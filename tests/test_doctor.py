@@ -35,7 +35,7 @@ GPU_NODE = Probe(
 LAPTOP = replace(
     GPU_NODE, gpus=[], parts={name: Part(False, "not installed") for name in GPU_NODE.parts}, cores=4, free_memory_gib=8
 )
-STEP = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0"}
+STEP = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[0-255]"}
 
 
 def without(machine: Probe, *parts: str) -> Probe:
@@ -115,6 +115,7 @@ def test_nothing_lacks(machine, overrides, gib):
             "error",
             "16 processes",
         ),
+        (replace(GPU_NODE, launcher=STEP), ["runtime.device=cuda"], 1, "error", "SLURM_STEP_NUM_TASKS: not set"),
     ],
 )
 def test_what_lacks(machine, overrides, gib, severity, text):

@@ -15,6 +15,7 @@ import pytest
 
 from dsv3_train.errors import UserError
 from dsv3_train.runtime import launch as launching
+from dsv3_train.runtime import launcher
 from dsv3_train.runtime.exits import PREEMPTED
 from dsv3_train.runtime.launch import launch
 
@@ -84,7 +85,10 @@ def test_ranks_started_again_end_with_a_killed_launcher(tmp_path):
         "sys.executable = sys.argv[1]\n"
         "launch(lambda: None, 2, 'cuda')\n"
     )
-    launcher = subprocess.Popen([sys.executable, "-c", code, str(rank)], cwd=tmp_path)
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    launcher = subprocess.Popen([sys.executable, "-c", code, str(rank)], cwd=tmp_path, env=environment)
     deadline = time.monotonic() + 60
     while len(pids := list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -92,6 +96,7 @@ def test_ranks_started_again_end_with_a_killed_launcher(tmp_path):
     assert [psutil.Process(pid).ppid() for pid in ranks] == [launcher.pid] * 2
     launcher.kill()
     launcher.wait()
+    assert not list(temporary.iterdir())
     deadline = time.monotonic() + 10
     while any(running(pid) for pid in ranks) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -173,7 +178,7 @@ def test_steps_beside_each_other_meet_apart(monkeypatch, tmp_path):
         environment |= {"SLURM_STEP_ID": step, "SLURM_STEP_NODELIST": node, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
         with monkeypatch.context() as patch:
             patch.setattr(os, "environ", environment)
-            assert launching.joined_world() == 2
+            assert launcher.join().world_size == 2
         met.append((environment["MASTER_ADDR"], environment["MASTER_PORT"]))
     assert met == [("n0", "20041"), ("n1", "21050")]
 
@@ -182,14 +187,14 @@ def test_an_interactive_shell_is_no_step(monkeypatch):
     """As SLURM 22.05 sets them in the shell of `salloc -n2` with use_interactive_step."""
     shell = {**STEP, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}
     monkeypatch.setattr(os, "environ", shell)
-    assert launching.joined_world() is None
+    assert launcher.join() is None
 
 
 def test_srun_where_scontrol_is_not(monkeypatch, tmp_path):
     step = {**STEP, "SLURM_STEP_ID": "0", "SLURM_JOB_NODELIST": "n[0-1]", "PATH": str(tmp_path)}
     monkeypatch.setattr(os, "environ", step)
     with pytest.raises(UserError, match=r"MASTER_ADDR: not set, and scontrol .* first of n\[0-1\]"):
-        launching.joined_world()
+        launcher.join()
 
 
 def test_asked_to_stop_before_there_is_anything_to_save():
@@ -201,8 +206,8 @@ def test_asked_to_stop_before_there_is_anything_to_save():
 
 
 def test_another_world_than_the_launcher(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "8")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "n0", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"parallel\.world_size.*4.*8"):
         launch(lambda: None, 4, "cuda")
 

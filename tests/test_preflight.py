@@ -37,6 +37,18 @@ def test_missing_rank_is_named():
     assert time.monotonic() - start < 15
 
 
+def test_one_process_meets_again():
+    """As a comparison of two models in one process does."""
+
+    def work() -> None:
+        for _ in range(2):
+            store, _, _ = meet(here(host="n0"), seconds=20, per_node=2)
+            store.set(f"left/{os.environ['RANK']}", "")
+            store.wait(["left/0", "left/1"])
+
+    launch(work, 2, "cpu")
+
+
 def test_missing_rank_0_is_named():
     def work() -> None:
         if os.environ["RANK"] == "0":
@@ -88,7 +100,7 @@ def test_a_limit_of_open_files_is_raised_or_told(hard, message):
 
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (80, hard))
-        store, _ = meet(here(host="n0"), seconds=20, per_node=2)
+        store, _, _ = meet(here(host="n0"), seconds=20, per_node=2)
         store.set(f"left/{os.environ['RANK']}", "")
         if os.environ["RANK"] == "0":
             store.wait(["left/1"])

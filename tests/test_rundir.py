@@ -11,7 +11,23 @@ import yaml
 from dsv3_train.checkpoint import directory
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.load import dump, load
+from dsv3_train.training import rundir
 from dsv3_train.training.rundir import open_run_dir
+
+
+def test_a_refused_command_leaves_nothing(tmp_path):
+    """The directory that it made, with what is in it; but nothing that was trained, or was there before."""
+    new = tmp_path / "runs" / "deep" / "one"
+    for trained in (False, True):
+        made = rundir.missing(new)
+        rundir.hold(new)
+        (new / "cache").mkdir()
+        (new / "metrics.jsonl").write_text("{}\n" if trained else "")
+        rundir.undo(made)
+        assert (tmp_path / "runs").exists() == trained
+    rundir.undo(rundir.missing(new))
+    assert (new / "metrics.jsonl").is_file()
+    rundir._let_go()
 
 
 def open_with(run_dir, *overrides: str) -> list[str]:

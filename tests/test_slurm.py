@@ -43,7 +43,7 @@ def test_256_nodes(tmp_path, site):
     """Line by line what a cluster needs (facts about the field: one task per GPU, TERM to ranks, requeue)."""
     site.write_text("{account: lab, partition: gpu, time: 7-00:00:00, modules: [cuda/12.9], environment: {A: 'x y$'}}")
     given = {"container": "image.sqsh", "time": "24:00:00"}
-    script = prepare("dsv3_671b_2048xh800", [], [], given, options=["--dependency=afterany:7"]).script
+    script = prepare("dsv3_671b_2048xh800", [], [], given, after="7").script
     assert directives(script) == [
         "--job-name=dsv3_671b_2048xh800",
         "--nodes=256",
@@ -71,7 +71,7 @@ def test_256_nodes(tmp_path, site):
         "[[ -v CUDA_DEVICE_MAX_CONNECTIONS ]] || export CUDA_DEVICE_MAX_CONNECTIONS=32",  # pairs overlap in this recipe
         "[[ -v TORCH_FR_BUFFER_SIZE ]] || export TORCH_FR_BUFFER_SIZE=2000",
         "[[ -v NVTE_FWD_LAYERNORM_SM_MARGIN ]] || export NVTE_FWD_LAYERNORM_SM_MARGIN=20",
-        '[[ -v TRITON_CACHE_DIR ]] || export TRITON_CACHE_DIR="/tmp/',
+        '[[ -v TRITON_CACHE_DIR ]] || export TRITON_CACHE_DIR="/tmp/triton-$SLURM_JOB_ID-$DSV3_MEETING"',
         "[[ -v A ]] || export A='x y$'",
         "module load cuda/12.9",
         "torchrun",

@@ -80,6 +80,7 @@ def on_rank(case: Case, options: argparse.Namespace) -> None:
     import torch
 
     from dsv3_train.optim.schedules import Schedules
+    from dsv3_train.runtime.exchange import exchange
     from dsv3_train.training.assemble import assemble
     from dsv3_train.training.step import forward_backward
 
@@ -99,8 +100,7 @@ def on_rank(case: Case, options: argparse.Namespace) -> None:
         for each in [calls[name, direction] // (count - half if direction else half)]
     ]
     told = {"loss": loss, "weights": weights, "outputs": outputs, "gradients": sketch(trainer, device)}
-    everyone: list[Any] = [None] * options.gpus
-    torch.distributed.all_gather_object(everyone, told)
+    everyone = exchange(dict[str, Any], told)
     if torch.distributed.get_rank() == 0:
         (options.out / f"{case}.json").write_text(json.dumps(everyone))
     distributed.stop()

@@ -112,17 +112,17 @@ def on_rank(cases: list[Case], options: argparse.Namespace) -> None:
     import torch
     from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
+    from dsv3_train.runtime.exchange import exchange
+    from dsv3_train.runtime.rendezvous import Presence, meet
+
     # One place to meet for all cases: a second at the same port can be missed while the first one closes.
-    rank, address = int(os.environ["RANK"]), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    store = torch.distributed.TCPStore(*address, options.gpus, is_master=rank == 0)
+    store, _, _ = meet(Presence(int(os.environ["RANK"])), 600.0, options.gpus)
     longest = SECONDS_PER_CASE
     for case in cases:
         began, recipe = time.monotonic(), recipe_of(case, options)
         faulthandler.dump_traceback_later(SECONDS_OF_A_HANG[case != cases[0]] - 20)
         distributed.start(recipe, device, torch.distributed.PrefixStore(str(case), store))
-        enough = [began + longest < options.deadline]
-        torch.distributed.broadcast_object_list(enough)
-        if not enough[0]:
+        if not exchange(bool, began + longest < options.deadline, source=0)[0]:
             distributed.stop()
             return
         run_case(case, recipe, device, options, began)
@@ -140,6 +140,7 @@ def run_case(case: Case, recipe: Any, device: str, options: argparse.Namespace, 
     import torch
 
     from dsv3_train.optim.schedules import Schedules
+    from dsv3_train.runtime.exchange import exchange
     from dsv3_train.training.assemble import assemble
     from dsv3_train.training.profile import Plan, RandomSteps, measure
     from dsv3_train.training.step import forward_backward, update
@@ -162,8 +163,7 @@ def run_case(case: Case, recipe: Any, device: str, options: argparse.Namespace, 
     work.batches = first
     measure(work, Plan(where, 2, 1, (0, options.gpus - 1), balanced=True))
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
-    everyone: list[Any] = [None] * options.gpus
-    torch.distributed.all_gather_object(everyone, (peak, sketched))
+    everyone = exchange(tuple[Any, Any], (peak, sketched))
     if leader:
         told = {
             "device": torch.cuda.get_device_name() if device == "cuda" else "CPU processes",

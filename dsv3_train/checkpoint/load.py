@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from megatron.core import dist_checkpointing
@@ -34,6 +34,7 @@ from dsv3_train.errors import UserError
 from dsv3_train.optim.ema import ParameterEma
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import heartbeat
+from dsv3_train.runtime.exchange import exchange
 from dsv3_train.runtime.rendezvous import Absent
 
 
@@ -55,12 +56,11 @@ def newest(
         Absent: on every rank: a machine cannot read one.
     """
     rank = torch.distributed.get_rank()
-    listed: list[Any] = [None]
+    listed: tuple[list[Path], list[Path]] = [], []
     if rank == 0:
         sweep(root)
-        listed = [(complete(root)[::-1], damaged(root))]
-    torch.distributed.broadcast_object_list(listed)
-    paths, faults = listed[0]
+        listed = complete(root)[::-1], damaged(root)
+    ((paths, faults),) = exchange(tuple[list[Path], list[Path]], listed, source=0)
     passed_over, reasons = False, {}
     for path in paths:
         fault, reason = _verified(path) if verify else None, None
@@ -69,9 +69,7 @@ def newest(
                 reason = usable(_common(path))
             except UserError as error:
                 fault = str(error)
-        told_by_first: list[Any] = [(fault, reason)]
-        torch.distributed.broadcast_object_list(told_by_first)
-        fault, reason = told_by_first[0]
+        ((fault, reason),) = exchange(tuple[Optional[str], Optional[str]], (fault, reason), source=0)
         if fault is None and reason is None:
             return path
         if fault is None:
@@ -128,8 +126,7 @@ def _verified(path: Path, demanded: bool = True) -> str | None:
         except OSError as error:
             return None, f"rank {rank} on {host} cannot read {error.filename or path} ({error.strerror})"
 
-    found: list[Any] = [None] * world
-    torch.distributed.all_gather_object(found, (host, *read(rank)))
+    found = exchange(tuple[str, Optional[str], Optional[str]], (host, *read(rank)))
     if unreadable := next((text for _, _, text in found if text), None):
         raise Absent(f"{unreadable}: nothing is wrong with the checkpoint for that; mend it, and start again")
     finder = next((number for number, (_, fault, _) in enumerate(found) if fault), None)
@@ -138,9 +135,9 @@ def _verified(path: Path, demanded: bool = True) -> str | None:
     where, fault, _ = found[finder]
     others = [number for number in range(world) if number != finder] or [finder]
     second = next((number for number in others if found[number][0] != where), others[0])
-    opinion: list[Any] = [read(finder) if rank == second else None]
-    torch.distributed.broadcast_object_list(opinion, src=second)
-    if opinion[0][0] is None:
+    mine = read(finder) if rank == second else (None, None)
+    ((opinion, _),) = exchange(tuple[Optional[str], Optional[str]], mine, source=second)
+    if opinion is None:
         raise Absent(
             f"{path}: rank {finder} on {where} finds {fault}, and rank {second} on {found[second][0]} does not: one of "
             "the two machines reads wrongly; leave it out, and start again"

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -25,11 +25,15 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
 
 from dsv3_train.checkpoint import checksums
 from dsv3_train.checkpoint.directory import UNFINISHED, finish, prune, step_path
 from dsv3_train.checkpoint.sharing import WriteShares
 from dsv3_train.runtime import heartbeat
+from dsv3_train.runtime.exchange import exchange
 from dsv3_train.runtime.launch import die_with_parent
 
 logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
@@ -47,6 +51,11 @@ class _Plan(TorchDistSaveShardedStrategy):
     def _get_save_and_finalize_callbacks(self, writer, save_state_dict_ret):  # type: ignore[override]
         _, contents, _ = save_state_dict_ret
         return writer, contents
+
+
+_Row = tuple[str, Optional[tuple[int, ...]], Optional[int], int, str, int, int, Optional[list[str]]]
+"""A `WriteResult`: a tensor's name, its offset in the whole and number among its chunks, bytes; its file's name, place
+and length in that, transforms."""
 
 
 @dataclass
@@ -204,11 +213,10 @@ class CheckpointWriter:
         assert save.written is not None
         if self._any_failed(save.step, save.written.error, save.unfinished):
             return
-        ranks = torch.distributed.get_world_size()
-        everyone: list[Any] | None = [None] * ranks if self._rank == 0 else None
-        torch.distributed.gather_object((save.written.results, save.written.sums), everyone)
+        mine = [_row(result) for result in save.written.results], save.written.sums
+        everyone = exchange(tuple[list[_Row], checksums.Sums], mine, only=0)
         error, final = None, step_path(self.root, save.step)
-        if everyone is not None:
+        if everyone:
             try:
                 _close(save, everyone)
                 finish(save.unfinished, final)
@@ -228,8 +236,7 @@ class CheckpointWriter:
         torch.distributed.all_reduce(failed)
         if not failed.item():
             return False
-        errors: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(errors, error and f"{error} on {platform.node()}")
+        errors = exchange(Optional[str], error and f"{error} on {platform.node()}")
         rank, reason = next((rank, text) for rank, text in enumerate(errors) if text)
         if unfinished is not None and self._rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -280,9 +287,21 @@ def _write_for_parent(pipe: Connection, parent: int, *to_write: Any) -> None:
     pipe.close()
 
 
-def _close(save: _Save, everyone: list[tuple[list, checksums.Sums]]) -> None:
+def _row(result: WriteResult) -> _Row:
+    where, at = result.index, result.storage_data
+    offset = None if where.offset is None else tuple(where.offset)
+    transforms = None if at.transform_descriptors is None else list(at.transform_descriptors)
+    return where.fqn, offset, where.index, result.size_in_bytes, at.relative_path, at.offset, at.length, transforms
+
+
+def _result(row: _Row) -> WriteResult:
+    name, offset, index, size, file, start, length, transforms = row
+    return WriteResult(MetadataIndex(name, offset, index), size, _StorageInfo(file, start, length, transforms))
+
+
+def _close(save: _Save, everyone: list[tuple[list[_Row], checksums.Sums]]) -> None:
     """Table of contents, format and checksums; on rank 0, before the rename."""
-    save.writer.finish(save.contents, [results for results, _ in everyone])
+    save.writer.finish(save.contents, [[_result(row) for row in rows] for rows, _ in everyone])
     save_config(CheckpointingConfig(*_FORMAT), str(save.unfinished))
     known = {name: entry for _, sums in everyone for name, entry in sums.items()}
     known |= checksums.sums([save.unfinished / ".metadata", save.unfinished / "metadata.json"])

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dsv3_train.runtime.exchange import exchange
+
 _ECHOES = 15
 
 
@@ -34,8 +36,7 @@ def offsets(clock: Callable[[], float] = time.perf_counter, where: str | None = 
     """
     group = dist.new_group(backend="gloo")
     me, world = dist.get_rank(), dist.get_world_size()
-    machines: list[str] = [""] * world
-    dist.all_gather_object(machines, machine() if where is None else where, group=group)
+    machines = exchange(str, machine() if where is None else where, group)
     found = [0.0] * world
     for rank in range(1, world):
         if machines[rank] == machines[0]:

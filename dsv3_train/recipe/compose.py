@@ -60,7 +60,7 @@ def _read(path: Path, above: tuple[Path, ...], faults: list[Fault]) -> Node:
     if not isinstance(root.value, dict):
         kind = "list" if isinstance(root.value, list) else "single value"
         _stop(faults, place, "", f"a recipe is a mapping of sections (model:, schedule:, ...), not a {kind}")
-    root.place = place
+    root.place, root.private = place, not path.stat().st_mode & 0o044
     root.value.setdefault("name", Node(path.stem, place))
     base = root.value.pop("base", None)
     if base is None:
@@ -81,7 +81,7 @@ def _merge(base: Node, top: Node) -> Node:
     merged = dict(base.value)
     for name, node in top.value.items():
         merged[name] = _merge(merged[name], node) if name in merged else node
-    return Node(merged, top.place)
+    return Node(merged, top.place, private=base.private or top.private)
 
 
 def _text(path: Path, faults: list[Fault]) -> str:

@@ -31,7 +31,8 @@ class Fault:
     message: str
 
     def __str__(self) -> str:
-        return ": ".join(str(part) for part in (self.place, self.key, self.message) if str(part))
+        told = ": ".join(str(part) for part in (self.place, self.key, self.message) if str(part))
+        return told.replace("\n", "\\n")  # of what it quotes
 
 
 def dotted(path: Iterable[str | int]) -> str:

@@ -7,7 +7,8 @@ import types
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from dsv3_train.recipe.schema import Recipe, Section
+from dsv3_train.recipe.schema import Recipe
+from dsv3_train.recipe.section import Section
 
 
 def wanted(path: Iterable[str | int]) -> Any:

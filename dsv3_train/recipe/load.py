@@ -58,6 +58,7 @@ def _checked(root: Node, overrides: Sequence[str], faults: list[Fault]) -> Recip
             faults.append(Fault(root.nearest(path)[0].place, key, message))
     if faults:
         refuse(faults)
+    recipe._private = root.any_private()
     return recipe
 
 

@@ -10,16 +10,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, PrivateAttr, field_validator, model_validator
 
 from dsv3_train.recipe.chunks import PAIRING, stage_count
 from dsv3_train.recipe.quantity import Extent
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are refused, values are not coerced from other types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+from dsv3_train.recipe.section import Section
 
 
 class RopeScaling(Section):
@@ -257,9 +252,9 @@ class Schedule(Section):
     batch_size: Piecewise
     """Sequences per global batch, rounded down to a multiple of micro-batch size x data parallel size (and x pipeline
     size in the interleaved schedule)."""
-    mtp_weight: Piecewise = [Segment(constant=0.0)]
+    mtp_weight: Piecewise = [Segment(constant=0.0)]  # noqa: RUF012  pydantic copies it
     """Weight (lambda) of the Multi-Token Prediction loss."""
-    bias_update_speed: Piecewise = [Segment(constant=0.0)]
+    bias_update_speed: Piecewise = [Segment(constant=0.0)]  # noqa: RUF012  pydantic copies it
     """Step (gamma) of each expert's routing bias per global batch."""
     balance_loss: float = Field(default=1e-4, ge=0)
     """Weight (alpha) of the sequence-wise balance loss; constant in the report."""
@@ -380,6 +375,13 @@ class Recipe(Section):
     faults: Faults = Faults()
     logging: Logging = Logging()
     runtime: Runtime = Runtime()
+    _private: bool = PrivateAttr(False)
+
+    @property
+    def file_mode(self) -> int:
+        """Of files that hold the resolved recipe: 0600 where a value came from the environment, or from a file that
+        others may not read."""
+        return 0o600 if self._private else 0o666
 
     @property
     def run_dir(self) -> Path:

@@ -36,6 +36,8 @@ class Node:
     place: Place
     text: str | None = None
     """As written, where a key that wants text may have it instead of `value`: overrides, variables."""
+    private: bool = False
+    """The environment gave it, or a file that others may not read."""
 
     def plain(self) -> Any:
         """The values alone."""
@@ -44,6 +46,12 @@ class Node:
         if isinstance(self.value, list):
             return [node.plain() for node in self.value]
         return self.value
+
+    def any_private(self) -> bool:
+        """Whether it or a value in it is."""
+        inner = self.value.values() if isinstance(self.value, dict) else self.value
+        inside = inner if isinstance(self.value, (dict, list)) else []
+        return self.private or any(node.any_private() for node in inside)
 
     def nearest(self, path: tuple[str | int, ...]) -> tuple[Node, int]:
         """The node at `path`, or the closest one above it, and how much of the path leads there."""
@@ -149,9 +157,11 @@ class _Reader:
         problems: list[str] = []
         text = _ENV.sub(lambda match: _expand(match, problems), node.value)
         self._faults.extend(Fault(place, dotted(path), problem) for problem in problems)
+        private = any(found[1] and found[1] in os.environ for found in _ENV.finditer(node.value))
         if node.style is not None:  # quoted
-            return Node(text, place)
-        return Node(scalar(text), place, text=text if self._is_override or text != node.value else None)
+            return Node(text, place, private=private)
+        written = text if self._is_override or text != node.value else None
+        return Node(scalar(text), place, text=written, private=private)
 
 
 def _expand(match: re.Match[str], problems: list[str]) -> str:

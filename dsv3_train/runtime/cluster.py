@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from dsv3_train.errors import UserError
 
@@ -39,7 +39,25 @@ class Cluster(BaseModel):
     gpus: bool = True
     """Ask for GPUs with `--gpus-per-node`; false where SLURM does not know of them."""
 
+    @field_validator("*")
+    @classmethod
+    def _one_line_each(cls, value: Any, info: ValidationInfo) -> Any:
+        """A second line of what is no shell would become shell."""
+        for text in value if isinstance(value, (list, dict)) else [value]:
+            if isinstance(text, str) and info.field_name != "setup" and re.search(r"[\x00-\x1f\x7f]", text):
+                raise ValueError(f"{ascii(text)[:100]} has a control character in it; take it out")
+        return value
 
+    @field_validator("environment")
+    @classmethod
+    def _names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"{ascii(name)[:100]} is no name of a variable")
+        return value
+
+
+_LARGEST = 1 << 20
 _DAYS = re.compile(r"(\d+)-(\d+)(?::(\d+))?(?::(\d+))?")
 _CLOCK = re.compile(r"(?:(\d+):)??(\d+)(?::(\d+))?")
 """[HOURS:]MINUTES[:SECONDS]; of two numbers the first are minutes."""
@@ -64,8 +82,7 @@ def seconds(time: str) -> float:
 
 def file() -> Path:
     """Where the site's file is, if there is one."""
-    told = os.environ.get("DSV3_CLUSTER")
-    return Path(told) if told else Path.home() / ".config" / "dsv3" / "cluster.yaml"
+    return Path(os.environ.get("DSV3_CLUSTER") or os.path.expanduser("~/.config/dsv3/cluster.yaml"))
 
 
 def load() -> Cluster:
@@ -75,14 +92,20 @@ def load() -> Cluster:
         UserError: the file is no YAML, or has a key that does not exist or a value of another type.
     """
     path = file()
-    if not path.is_file():
-        if os.environ.get("DSV3_CLUSTER"):
-            raise UserError(f"DSV3_CLUSTER: {path} does not exist")
-        return Cluster()
     try:
-        return Cluster.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: no YAML ({' '.join(str(error).split())})") from None
+        if not path.is_file():
+            if os.environ.get("DSV3_CLUSTER"):
+                raise UserError(f"DSV3_CLUSTER: {path} does not exist, or is no file")
+            return Cluster()
+        with path.open("rb") as stream:
+            text = stream.read(_LARGEST + 1)
+        if len(text) > _LARGEST:
+            raise UserError(f"{path}: more than {_LARGEST >> 10} KiB are no site's file")
+        return Cluster.model_validate(yaml.safe_load(text.decode()) or {})
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except RecursionError:
+        raise UserError(f"{path}: no YAML (brackets without end)") from None
     except ValidationError as error:
         lines = []
         for fault in error.errors():
@@ -91,3 +114,5 @@ def load() -> Cluster:
             unknown = fault["type"] == "extra_forbidden"
             lines.append(f"{path}: {key}: " + (f"unknown key; there are {known}" if unknown else fault["msg"]))
         raise UserError("\n".join(lines)) from None
+    except (yaml.YAMLError, ValueError) as error:  # no UTF-8, a date that there is not
+        raise UserError(f"{path}: no YAML ({' '.join(str(error).split())})") from None

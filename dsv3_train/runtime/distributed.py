@@ -14,6 +14,7 @@ from dsv3_train.errors import UserError
 from dsv3_train.recipe.chunks import MIRRORED, SCHEDULED
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime.gpu_environment import gpu_environment, refuse_other_scales
+from dsv3_train.runtime.rendezvous import Presence, meet
 
 _TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -71,10 +72,14 @@ def start(recipe: Recipe, device: str, store: torch.distributed.Store | None = N
 
     Args:
         store: where the ranks have met (runtime/rendezvous.py); None: they meet now.
+
+    Raises:
+        Absent: they do not.
     """
-    options: dict[str, Any] = {}
-    if store is not None:
-        options = {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    rank = int(os.environ["RANK"])
+    if store is None:
+        store, _, _ = meet(Presence(rank), recipe.faults.join_seconds, recipe.parallel.gpus_per_node)
+    options: dict[str, Any] = {"store": store, "rank": rank, "world_size": int(os.environ["WORLD_SIZE"])}
     if device == "cpu":
         torch.set_num_threads(1)
         torch.distributed.init_process_group("gloo", timeout=_TIMEOUT, **options)

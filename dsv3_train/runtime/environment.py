@@ -11,19 +11,9 @@ from pathlib import Path
 
 import psutil
 
+from dsv3_train.runtime.launcher import VARIABLES
+
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "tokenizers", "tensorboard")
-_LAUNCHER = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "MASTER_ADDR",
-    "SLURM_JOB_ID",
-    "SLURM_STEP_ID",
-    "SLURM_NTASKS",
-    "SLURM_STEP_NUM_TASKS",
-    "SLURM_PROCID",
-    "SLURM_JOB_NODELIST",
-)
 
 
 @dataclass(frozen=True)
@@ -59,7 +49,7 @@ class Probe:
     memory_gib: float
     free_memory_gib: float
     launcher: dict[str, str]
-    """What torchrun or SLURM set in the environment."""
+    """What torchrun, srun or mpirun set in the environment."""
 
 
 def probe() -> Probe:
@@ -82,7 +72,7 @@ def probe() -> Probe:
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_gib=memory.total / 2**30,
         free_memory_gib=memory.available / 2**30,
-        launcher={name: os.environ[name] for name in _LAUNCHER if name in os.environ},
+        launcher={name: os.environ[name] for name in VARIABLES if name in os.environ},
     )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
 from pathlib import Path
 from typing import Any
+
+from dsv3_train.lines import newest_first
 
 
 def record(run_dir: Path, kind: str, **facts: Any) -> None:
@@ -22,15 +25,14 @@ def record(run_dir: Path, kind: str, **facts: Any) -> None:
         pass  # told on the console as well
 
 
-def read(run_dir: Path) -> list[dict[str, Any]]:
-    """All incidents so far, oldest first."""
+def read(run_dir: Path, last: int | None = None) -> list[dict[str, Any]]:
+    """The last incidents, or all, oldest first; without lines that are none (the disk was full in mid line)."""
     path = run_dir / "incidents.jsonl"
     if not path.is_file():
         return []
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # the disk was full in mid line
-            continue
-    return found
+    told = (line for _, line in newest_first(path) if line is not None and _is_whole(line))
+    return list(itertools.islice(told, last))[::-1]
+
+
+def _is_whole(line: dict[str, Any]) -> bool:
+    return all(isinstance(line.get(name), str) for name in ("time", "kind", "text"))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+from dsv3_train.errors import UserError
 from dsv3_train.recipe.schema import Recipe
+from dsv3_train.runtime import launcher
 from dsv3_train.runtime.environment import Gpu, Probe
-from dsv3_train.runtime.launch import slurm_tasks
 
 Lack = tuple[Literal["error", "warning"], str]
 """An error keeps the run from starting or finishing; a warning is worth knowing before."""
@@ -27,21 +28,22 @@ def lacks(recipe: Recipe, found: Probe, state_bytes: int) -> list[Lack]:
 def _processes_here(recipe: Recipe, found: Probe) -> int:
     """Processes of the run on this machine: all of them, or under a launcher one machine's share."""
     world, per_node = recipe.parallel.world_size, recipe.parallel.gpus_per_node
-    return min(world, per_node) if _launched(found) else world
-
-
-def _launched(found: Probe) -> int | None:
-    """Processes that torchrun or srun started, as runtime/launch.py sees it."""
-    env = found.launcher
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["WORLD_SIZE"])
-    return slurm_tasks(env)
+    try:
+        joined = launcher.read(found.launcher, first_host=lambda nodes: "first")
+    except UserError:
+        joined = None
+    return min(world, per_node) if joined else world
 
 
 def _processes(recipe: Recipe, found: Probe) -> Iterator[Lack]:
-    launched, world = _launched(found), recipe.parallel.world_size
-    if launched is not None and launched != world:
-        yield "error", f"parallel.world_size: {world}, but {launched} processes were started; start {world}"
+    world = recipe.parallel.world_size
+    try:
+        joined = launcher.read(found.launcher, first_host=lambda nodes: "first")
+    except UserError as error:
+        yield "error", str(error)
+        return
+    if joined is not None and joined.world_size != world:
+        yield "error", f"parallel.world_size: {world}, but {joined.world_size} processes were started; start {world}"
 
 
 def _on_gpus(recipe: Recipe, found: Probe, state_bytes: int) -> Iterator[Lack]:

@@ -8,32 +8,35 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import platform
 import random
+import secrets
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import psutil
 
-from dsv3_train.errors import UserError, of_file
+from dsv3_train.errors import UserError, of_file, printable
 from dsv3_train.runtime import heartbeat, incidents
 from dsv3_train.runtime.exits import FINAL, PREEMPTED, leave
+from dsv3_train.runtime.launcher import MEETING, join
 from dsv3_train.runtime.signals import heard
 
 _LIBC = ctypes.CDLL(None)
 _GRACE_SECONDS = 5.0
 """For the other ranks to say why they fail too, once one is gone."""
-_ERRORS = "DSV3_ERROR_DIR"
+_REPORTS = "DSV3_REPORTS"
+"""Environment variable of a rank: descriptor of the file in which ranks leave their reports."""
 ATTEMPT = "DSV3_ATTEMPT"
 """Environment variable of a rank: how often the run was started again before."""
 
@@ -50,54 +53,6 @@ class Restarts:
     """Something that changes as the run gets on: its newest checkpoint."""
 
 
-def joined_world() -> int | None:
-    """World size when torchrun or srun started this process (and sets the torch variables), else None.
-
-    Raises:
-        UserError: there is a rank, but no port on which the ranks could meet.
-    """
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        if env.get("MASTER_PORT") == "0":
-            # torchrun hands its --master-port=0 on as it is: every rank would knock at port 0 until a time-out.
-            raise UserError(
-                "MASTER_PORT: 0 is no port to meet at; start with torchrun --standalone, or --master-port=N"
-            )
-        return int(env["WORLD_SIZE"])
-    tasks = slurm_tasks(env)
-    if tasks is not None:
-        if "MASTER_ADDR" not in env:
-            env["MASTER_ADDR"] = _first_host(env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"]))
-        # Below the ports that Linux gives to who asks for any (from 32768 on); steps beside each other meet apart.
-        number = int(env["SLURM_JOB_ID"]) + 1009 * int(env["SLURM_STEP_ID"])
-        env.setdefault("MASTER_PORT", str(20000 + number % 12000))
-        env.update(RANK=env["SLURM_PROCID"], LOCAL_RANK=env["SLURM_LOCALID"], WORLD_SIZE=str(tasks))
-    return tasks
-
-
-def slurm_tasks(env: Mapping[str, str]) -> int | None:
-    """Processes that `srun` started beside this one, if it gave it a rank; else None.
-
-    In a batch script there is no step, and the shell of an interactive `salloc` is a step of one task, which has the
-    job's number of tasks for its SLURM_NTASKS.
-    """
-    if "SLURM_PROCID" not in env or "SLURM_STEP_ID" not in env:
-        return None
-    tasks = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
-    return tasks if tasks > 1 else None
-
-
-def _first_host(nodes: str) -> str:
-    try:
-        told = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-        return told.stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        raise UserError(
-            f"MASTER_ADDR: not set, and scontrol does not say here which node is the first of {nodes}; set it to that "
-            "node's address before srun"
-        ) from None
-
-
 def launch(work: Callable[[], None], world_size: int, device: str, restarts: Restarts | None = None) -> None:
     """Run `work` in `world_size` processes and wait for all of them.
 
@@ -109,19 +64,22 @@ def launch(work: Callable[[], None], world_size: int, device: str, restarts: Res
         restarts: start all of them again when one dies or hangs; None: never. (Under torchrun or srun, those decide.)
 
     Raises:
-        UserError: the launcher that started us has another number of processes; or `work` raised it in a process.
+        UserError: the launcher that started us has another number of processes, or set its variables in part; or `work`
+            raised it in a process.
         SystemExit: a process failed otherwise; its traceback, or how it died, is on stderr.
     """
-    joined = joined_world()
+    joined = join()
     if joined is not None:
-        if joined != world_size:
+        if joined.world_size != world_size:
             raise UserError(
-                f"parallel.world_size: the recipe says {world_size}, but {joined} processes were started; "
-                f"start {world_size}, or set parallel.world_size={joined}"
+                f"parallel.world_size: the recipe says {world_size}, but {joined.world_size} processes were started "
+                f"({joined.launcher}); start {world_size}, or set parallel.world_size={joined.world_size}"
             )
+        if device == "cuda" and joined.local_rank is None:
+            raise UserError("LOCAL_RANK: not set, and it says which GPU of its node is this process's; set it")
         work()
     elif world_size == 1 and restarts is None:
-        os.environ.update(_rank_environment(0, 1, _free_port()))
+        os.environ.update(_rank_environment(0, 1, _free_port(), secrets.token_hex(16)))
         work()
     else:
         _keep_running(work, world_size, device, restarts)
@@ -136,33 +94,35 @@ def report_to_parent(error: BaseException) -> bool:
 
 def leave_report(kind: str, text: str) -> bool:
     """Leave a `fault`, `hang` or `crash` for the process that started this one. False if `launch` did not."""
-    if _ERRORS not in os.environ:
+    if _REPORTS not in os.environ:
         return False
-    path = Path(os.environ[_ERRORS], f"{os.environ['RANK']}.{kind}")
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.rename(path)
+    line = json.dumps([int(os.environ["RANK"]), kind, text]) + "\n"
+    with contextlib.suppress(OSError):  # a full disk: the exit code tells as much
+        os.write(int(os.environ[_REPORTS]), line.encode())  # whole, at the place that all ranks share
     return True
 
 
 def _keep_running(work: Callable[[], None], world_size: int, device: str, restarts: Restarts | None) -> None:
     attempt = failures = 0
     before = restarts.progress() if restarts else None
-    with _Children() as children, tempfile.TemporaryDirectory(prefix="dsv3-") as errors:
+    # A file without a name: nothing of it is left, however this process ends.
+    with _Children() as children, tempfile.TemporaryFile(buffering=0) as file:
+        os.set_inheritable(file.fileno(), True)
         while True:
-            os.environ.update({_ERRORS: errors, ATTEMPT: str(attempt)})
+            os.environ.update({_REPORTS: str(file.fileno()), ATTEMPT: str(attempt)})
             try:
                 code, first = children.run(_fork if device == "cpu" else _respawn, work, world_size)
             finally:
-                del os.environ[_ERRORS], os.environ[ATTEMPT]
-            faults = _reports(Path(errors), "fault")
+                del os.environ[_REPORTS], os.environ[ATTEMPT]
+            reports = _reports(file)
+            faults = [text for _, kind, text in reports if kind == "fault"]
             if faults:
-                raise UserError(faults[0][1])
+                raise UserError(faults[0])
             if code == 0:
                 return
             if code == PREEMPTED:
                 raise SystemExit(code)
-            _say_what_happened(Path(errors), first, restarts)
+            _say_what_happened(reports, first, restarts)
             if restarts is None or code in FINAL or children.stopping:
                 raise SystemExit(code)
             now = restarts.progress()
@@ -172,8 +132,8 @@ def _keep_running(work: Callable[[], None], world_size: int, device: str, restar
                 print(f"{failures} failures in a row without a new checkpoint: not started again", file=sys.stderr)
                 raise SystemExit(code)
             print(f"starting again ({failures} of {restarts.limit} without a new checkpoint)", file=sys.stderr)
-            for left in Path(errors).iterdir():
-                left.unlink()
+            file.seek(0)
+            file.truncate()
 
 
 @dataclass(frozen=True)
@@ -185,21 +145,30 @@ class _End:
     """Exit code; -N: killed by signal N."""
 
 
-def _reports(errors: Path, kind: str) -> list[tuple[int, str]]:
-    """(rank, text) of the reports of a kind, the first one first."""
-    found = sorted(errors.glob(f"*.{kind}"), key=lambda file: file.stat().st_mtime_ns)
-    return [(int(file.stem), file.read_text(encoding="utf-8")) for file in found]
+_Report = tuple[int, str, str]
+"""Rank, `fault`, `hang` or `crash`, and the text."""
 
 
-def _say_what_happened(errors: Path, first: _End, restarts: Restarts | None) -> None:
+def _reports(file: IO[bytes]) -> list[_Report]:
+    """What the ranks left, the first one first."""
+    file.seek(0)
+    found = []
+    for line in file.read().splitlines():
+        with contextlib.suppress(ValueError):  # a full disk cut it short
+            found.append(tuple(json.loads(line)))
+    return found
+
+
+def _say_what_happened(reports: list[_Report], first: _End, restarts: Restarts | None) -> None:
     """Say once what many ranks met. The other ranks' errors follow from the first: a peer that is gone."""
-    crashes, hangs = _reports(errors, "crash"), _reports(errors, "hang")
+    crashes = [(rank, text) for rank, kind, text in reports if kind == "crash"]
+    hangs = [text for _, kind, text in reports if kind == "hang"]
     last = heartbeat.read(restarts.run_dir / "heartbeats" / str(first.rank)) if restarts else None
     at = f"; last seen: {last}" if last else ""
     if hangs:
-        print(hangs[0][1], file=sys.stderr)
+        print(printable(hangs[0]), file=sys.stderr)
     elif first.code < 0:
-        text = f"rank {first.rank} was ended by {signal.Signals(-first.code).name} on {platform.node()}{at}"
+        text = printable(f"rank {first.rank} was ended by {signal.Signals(-first.code).name} on {platform.node()}{at}")
         print(text, file=sys.stderr)
         if first.code == -signal.SIGKILL:
             print("(a SIGKILL that nobody sent is the kernel's, out of memory: see dmesg)", file=sys.stderr)
@@ -227,8 +196,9 @@ def _free_port() -> int:
     raise UserError("MASTER_PORT: ports 10000 to 19999 are all in use; start with torchrun --master-port=N")
 
 
-def _rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+def _rank_environment(rank: int, world_size: int, port: int, meeting: str = "") -> dict[str, str]:
     return {
+        MEETING: meeting,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -248,7 +218,7 @@ def _respawn(work: Callable[[], None], world_size: int) -> list[int]:
 
 def _start(begin: Callable[[], NoReturn], world_size: int) -> list[int]:
     """A process for each rank, which ends with this one; in it, `begin()` is the rank."""
-    port = _free_port()
+    port, meeting = _free_port(), secrets.token_hex(16)
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
@@ -258,7 +228,7 @@ def _start(begin: Callable[[], NoReturn], world_size: int) -> list[int]:
         if pid == 0:
             try:
                 die_with_parent(parent)
-                os.environ.update(_rank_environment(rank, world_size, port))
+                os.environ.update(_rank_environment(rank, world_size, port, meeting))
                 begin()
             except BaseException:  # a signal's handler may raise anywhere (torch's, when a data worker dies)
                 traceback.print_exc()

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import heartbeat
 from dsv3_train.runtime.environment import versions
+from dsv3_train.runtime.exchange import exchange
 from dsv3_train.runtime.rendezvous import Presence
 
 _LEAST_SECONDS = 5e-3
@@ -109,7 +110,7 @@ def measure(device: str) -> list[Measurement]:
 
     size = (64 << 20 if device == "cuda" else 1 << 20) // 4
     buffer = torch.ones(size, device=device)
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     dist.barrier()
     heartbeat.mark("pre-flight: matrix products")
     tflops, product = gemm_tflops(device), product_bits(device)
@@ -148,9 +149,7 @@ def measure(device: str) -> list[Measurement]:
         along,
         following,
     )
-    everyone: list[Measurement] = [mine] * world
-    dist.all_gather_object(everyone, mine)
-    return everyone
+    return exchange(Measurement, mine)
 
 
 def gemm_tflops(device: str) -> float:

@@ -30,6 +30,8 @@ class Report:
     measured: list[Measurement]
     findings: list[str]
     """What is slow, and who computes otherwise."""
+    notes: list[str]
+    """What else is worth a line: the network interface."""
 
 
 def join(recipe: Recipe, device: str, run_dir: Path) -> list[str]:
@@ -39,10 +41,11 @@ def join(recipe: Recipe, device: str, run_dir: Path) -> list[str]:
         UserError: a rank is missing, a node is broken or has other versions or another recipe: named.
     """
     if not recipe.faults.preflight:
-        store, _ = _meet(recipe, Presence(int(os.environ["RANK"])))
+        store, _, notes = _meet(recipe, Presence(int(os.environ["RANK"])))
         distributed.start(recipe, device, store)
-        return []
-    return [f"pre-flight: {line}" for line in _check(recipe, device, run_dir, run_dir).findings]
+        return notes
+    report = _check(recipe, device, run_dir, run_dir)
+    return [*report.notes, *(f"pre-flight: {line}" for line in report.findings)]
 
 
 def run(ref: str, overrides: list[str], show: Callable[[Report], None]) -> None:
@@ -79,7 +82,7 @@ def _check(recipe: Recipe, device: str, run_dir: Path, watched: Path) -> Report:
     from dsv3_train.runtime import preflight
 
     rank = int(os.environ["RANK"])
-    store, everyone = _meet(recipe, preflight.presence(recipe, device, run_dir, rank))
+    store, everyone, notes = _meet(recipe, preflight.presence(recipe, device, run_dir, rank))
     beat = heartbeat.start(watched / "heartbeats", rank)
     watchdog = Watchdog(beat, watched, recipe.parallel.world_size, recipe.faults.hang_seconds)
     if recipe.faults.hang_seconds:
@@ -91,10 +94,10 @@ def _check(recipe: Recipe, device: str, run_dir: Path, watched: Path) -> Report:
     finally:
         watchdog.stop()
     findings = preflight.different(measured) + preflight.slow(measured, recipe.faults.slow_factor)
-    return Report(everyone, measured, findings)
+    return Report(everyone, measured, findings, notes)
 
 
-def _meet(recipe: Recipe, me: Presence) -> tuple[Store, list[Presence]]:
+def _meet(recipe: Recipe, me: Presence) -> tuple[Store, list[Presence], list[str]]:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         me = replace(me, settings=settings(recipe))
     return meet(me, recipe.faults.join_seconds, recipe.parallel.gpus_per_node)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import platform
 import resource
+import socket
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.distributed as dist
+from pydantic import TypeAdapter, ValidationError
 
 from dsv3_train.errors import UserError
+from dsv3_train.runtime import launcher, network
 
 
 class Absent(UserError):
@@ -32,57 +36,104 @@ class Presence:
     """Why its node cannot take part."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of its recipe, by key; the first rank of a node tells them."""
+    reaches: str = ""
+    """Rank 0's address as this rank reaches it; empty: by loopback."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}"
 
 
-def meet(me: Presence, seconds: float, per_node: int) -> tuple[dist.Store, list[Presence]]:
-    """Wait until every rank has come, and compare what they say.
+@dataclass(frozen=True)
+class _Verdict:
+    """What rank 0 tells all."""
 
-    Rank, world and address are those of the environment (torchrun's, or runtime/launch.py's). Rank 0 keeps the store,
-    unless torchrun's agent does.
+    refused: str
+    """Why the run cannot begin; empty: it can."""
+    address: str
+    """Of rank 0, as other machines reach it; empty: there are none."""
+
+
+_kept: dict[int, dist.Store] = {}
+"""By port: this process's own stores."""
+_meetings = itertools.count()
+_PRESENCE, _VERDICT = TypeAdapter(Presence), TypeAdapter(_Verdict)
+
+
+def meet(me: Presence, seconds: float, per_node: int) -> tuple[dist.Store, list[Presence], list[str]]:
+    """Wait until every rank has come, compare what they say, and choose the interface for gloo and NCCL.
+
+    Rank, world and address are those of the environment (runtime/launcher.py). Rank 0 keeps the store, unless
+    torchrun's agent does: on loopback alone where all ranks are on one machine.
 
     Returns:
-        the store, for `init_process_group`, and everyone on rank 0 (nobody elsewhere).
+        the store, for `init_process_group`; everyone on rank 0 (nobody elsewhere); lines for the log.
 
     Raises:
         Absent: on every rank that came, with the same text: who is missing, which node is at fault, who has another
             version or recipe; or, on this one, that the meeting place does not answer.
+        UserError: the environment does not say where to meet.
     """
-    world = int(os.environ["WORLD_SIZE"])
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    theirs = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    timeout = datetime.timedelta(seconds=seconds)
-    _allow_files(world)
+    place = launcher.read(os.environ)
+    if place is None or place.port is None:
+        raise UserError("MASTER_PORT: not set; start the ranks with dsv3 itself, torchrun, srun or mpirun")
+    _allow_files(place.world_size)
+    if not place.one_machine:
+        try:
+            me = replace(me, reaches=network.reached(place.address, place.port, seconds))
+        except OSError as error:
+            raise Absent(f"{me}: MASTER_ADDR: {place.address} cannot be reached from here ({error.strerror})") from None
     try:
-        server: dist.Store = dist.TCPStore(
-            address, port, None, me.rank == 0 and not theirs, timeout, wait_for_workers=False, multi_tenant=True
-        )
-        # torchrun keeps its store over restarts.
-        store = dist.PrefixStore(f"dsv3/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", server)
-        store.set(f"here/{me.rank}", json.dumps(asdict(me)))
+        store = _store(place, datetime.timedelta(seconds=seconds))
+        store.set(f"here/{me.rank}", _PRESENCE.dump_json(me).decode())
         everyone: list[Presence] = []
         if me.rank == 0:
-            everyone, verdict = _receive(store, world, seconds, per_node)
-            store.set("verdict", verdict)
+            everyone, refused = _receive(store, place.world_size, seconds, per_node)
+            verdict = _Verdict(refused, next((presence.reaches for presence in everyone if presence.reaches), ""))
+            store.set("verdict", _VERDICT.dump_json(verdict).decode())
         else:
             # Rank 0 waits for the last to come, and may itself have come late.
-            store.wait(["verdict"], 2 * timeout)
-            verdict = store.get("verdict").decode()
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
+            store.wait(["verdict"], datetime.timedelta(seconds=2 * seconds))
+            verdict = _VERDICT.validate_json(store.get("verdict"))
+    except (OSError, dist.DistNetworkError, dist.DistStoreError, ValidationError) as error:
         if me.rank == 0:
-            raise Absent(f"{me}: cannot keep the meeting place at port {port}: {str(error).splitlines()[0]}") from None
+            raise Absent(
+                f"{me}: cannot keep the meeting place at {place.address}:{place.port}: {str(error).splitlines()[0]}"
+            ) from None
         reasons = "".join(f"; {fault}" for fault in me.faults)
         raise Absent(
-            f"{me}: no word from rank 0 at {address}:{port} within {seconds:g} s (faults.join_seconds): its process or "
-            f"node is missing, or a firewall is between ({type(error).__name__}){reasons}"
+            f"{me}: no word from rank 0 at {place.address}:{place.port} within {seconds:g} s (faults.join_seconds): "
+            f"its process or node is missing, or a firewall is between ({type(error).__name__}){reasons}"
         ) from None
-    if verdict:
+    if verdict.refused:
         if me.rank == 0:
             time.sleep(1)  # the store ends with this process: let the others read why
-        raise Absent(verdict)
-    return store, everyone
+        raise Absent(verdict.refused)
+    note = network.choose(verdict.address)
+    return store, everyone, [note] if note else []
+
+
+def _store(place: launcher.Joined, timeout: datetime.timedelta) -> dist.Store:
+    """Rank 0's store; its keys stand under a word that the launcher drew, and are those of this start alone.
+
+    PyTorch's store knows no passwords. A process that does not know the word cannot take a rank's place by accident;
+    who can list its keys is kept out by the network alone (docs/launchers.md).
+    """
+    leads = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    assert place.port is not None
+    listening = None
+    if leads and place.one_machine and place.port not in _kept:
+        server = socket.socket()
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's own
+        server.bind(("127.0.0.1", place.port))
+        listening = server.detach()  # the store closes it
+    options: dict[str, Any] = {"wait_for_workers": False, "multi_tenant": True, "master_listen_fd": listening}
+    store = _kept.get(place.port) or dist.TCPStore(place.address, place.port, None, leads, timeout, **options)
+    if leads:
+        _kept[place.port] = store
+    # torchrun keeps its store over restarts, and we ours over the meetings of one process.
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    words = ["dsv3", os.environ.get(launcher.MEETING, ""), restart, str(next(_meetings))]
+    return dist.PrefixStore("/".join(words), store)
 
 
 def _allow_files(world: int) -> None:
@@ -111,7 +162,7 @@ def _receive(store: dist.Store, world: int, seconds: float, per_node: int) -> tu
         left = datetime.timedelta(seconds=max(deadline - time.monotonic(), 0.001))
         try:
             store.wait([f"here/{rank}"], left)
-            came.append(Presence(**json.loads(store.get(f"here/{rank}"))))
+            came.append(_PRESENCE.validate_json(store.get(f"here/{rank}")))
         except (dist.DistStoreError, dist.DistNetworkError):
             missing.append(rank)
     if missing:

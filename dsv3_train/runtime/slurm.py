@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Union
 
-from dsv3_train.errors import UserError
+from dsv3_train.errors import UNSEEN, UserError
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime.cluster import Cluster
 from dsv3_train.runtime.exits import PREEMPTED
 from dsv3_train.runtime.gpu_environment import gpu_environment
+from dsv3_train.runtime.launcher import MEETING
 
 FOLDER = "slurm"
 """Of a run directory: the submitted recipe, job numbers, output, and what the script remembers between starts."""
@@ -26,11 +29,11 @@ class Job:
     """Absolute, one per recipe."""
     directory: Path
     """Where the job runs: relative paths of the recipe count from here."""
-    command: str = "dsv3"
+    command: tuple[str, ...] = ("dsv3",)
     """What starts this program on a node."""
     max_requeues: int = 100
-    options: list[str] = field(default_factory=list)
-    """Of sbatch, as `--dependency=afterany:7`."""
+    after: Union[str, None] = None
+    """Begin when this job has ended."""
 
     @property
     def array(self) -> bool:
@@ -100,12 +103,20 @@ def _on_gpu(recipe: Recipe) -> bool:
 
 
 def script(job: Job, cluster: Cluster) -> str:
-    """The text for sbatch; of several recipes, which are alike (`refuse_unlike`), the first one's values."""
+    """The text for sbatch; of several recipes, which are alike (`refuse_unlike`), the first one's values.
+
+    Whatever a recipe, a path or an option says stands in quotes; only the site's file, the user's own, gives shell.
+
+    Raises:
+        UserError: a path or an option cannot stand in a batch script.
+    """
     recipe, array = job.recipes[0], job.array
     on_gpu = _on_gpu(recipe)
     world, per_node = recipe.parallel.world_size, recipe.parallel.gpus_per_node
     lines = ["#!/usr/bin/env bash", *_header(job, cluster, on_gpu, array), "", "set -euo pipefail", ""]
     lines += _places(job, array)
+    word = "$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')"
+    lines += ["", "# A word that nobody can guess: under it the ranks meet.", f"{MEETING}={word}", f"export {MEETING}"]
     lines += [f"module load {' '.join(map(shlex.quote, cluster.modules))}"] if cluster.modules else []
     lines += cluster.setup
     chosen = {**(gpu_environment(recipe) if on_gpu else {"OMP_NUM_THREADS": "1"}), **cluster.environment}
@@ -116,15 +127,15 @@ def script(job: Job, cluster: Cluster) -> str:
         lines += [
             'mkdir -p "$run_dir/hangs" # NCCL makes no folders',
             _default("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", '"$run_dir/hangs/nccl_rank_"'),
-            "# On each node's own disk: compilers of many nodes must not write to one place.",
-            _default("TRITON_CACHE_DIR", '"/tmp/triton-$SLURM_JOB_USER-$SLURM_JOB_ID"'),
+            "# On each node's own disk: compilers of many nodes must not write to one place. Nobody can make it first.",
+            _default("TRITON_CACHE_DIR", f'"/tmp/triton-$SLURM_JOB_ID-${MEETING}"'),
         ]
     meeting = {"MASTER_ADDR": "\"${nodes%%$'\\n'*}\"", "MASTER_PORT": "$((20000 + SLURM_JOB_ID % 12000))"}
     lines += [
         "",
         "# Ranks come from SLURM (one task per GPU), the meeting place from here.",
         'nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
-        "unset RANK LOCAL_RANK WORLD_SIZE # of the shell that submitted, should it belong to another run",
+        "unset RANK LOCAL_RANK WORLD_SIZE TORCHELASTIC_RUN_ID # of the shell that submitted: another run's",
         *(f"export {name}={value}" for name, value in meeting.items() if name not in cluster.environment),
         "",
         "# TERM is for the ranks, which save and end; this shell waits for them.",
@@ -148,24 +159,38 @@ def _header(job: Job, cluster: Cluster, on_gpu: bool, array: bool) -> list[str]:
     recipe = job.recipes[0]
     tasks = min(recipe.parallel.world_size, recipe.parallel.gpus_per_node)
     run_dir = job.run_dirs[0].parent if array else job.run_dirs[0] / FOLDER
+    # SLURM puts a job's number for %j, in a folder's name too.
+    output = str(run_dir).replace("%", "%%") + ("/sweep-%A_%a.out" if array else "/%j.out")
     options = [
         f"--job-name={recipe.name}",
         f"--nodes={nodes(recipe)}",
         f"--ntasks-per-node={tasks}",
         *([f"--gpus-per-node={tasks}"] if on_gpu and cluster.gpus else []),
         *(["--exclusive"] if on_gpu else []),
-        *[f"--{name}={value}" for name in ("partition", "account", "time") if (value := getattr(cluster, name))],
-        f"--chdir={job.directory}",
-        f"--output={run_dir}/{'sweep-%A_%a' if array else '%j'}.out",
+        *[
+            f"--{name}={_word(value, f'--{name}')}"
+            for name in ("partition", "account", "time")
+            if (value := getattr(cluster, name))
+        ],
+        f"--chdir={_word(job.directory, 'the working directory')}",
+        f"--output={_word(output, 'runtime.run_dir')}",
         "--open-mode=append",
         # Without `B:` the ranks get it, not this shell: long enough before the end for a step and a checkpoint.
         f"--signal=TERM@{recipe.faults.stop_lead_seconds}",
         "--requeue",
         *([f"--array=0-{len(job.recipes) - 1}"] if array else []),
         *cluster.sbatch,
-        *job.options,
+        *([f"--dependency=afterany:{_word(job.after, '--after')}"] if job.after else []),
     ]
     return [f"#SBATCH {option}" for option in options]
+
+
+def _word(value: object, what: str) -> str:
+    """As sbatch reads a word of its directives: in double quotes where need be, inside which nothing can be escaped."""
+    text = str(value)
+    if UNSEEN.search(text) or re.search(r'[\n\t"\\]', text):
+        raise UserError(f'{what}: {text!r}: a batch script takes no ", backslashes and control characters; rename it')
+    return text if re.fullmatch(r"[A-Za-z0-9_@%+=:,./-]+", text) else f'"{text}"'
 
 
 def _places(job: Job, array: bool) -> list[str]:
@@ -193,11 +218,13 @@ def _srun(job: Job, cluster: Cluster, world: int, per_node: int, on_gpu: bool) -
     # A rank that fails ends the step at once; one that only ends early, after a minute.
     options += ["--kill-on-bad-exit=1", "--wait=60", *cluster.srun]
     if cluster.container:
+        if re.search("[,:]", str(job.directory)):
+            raise UserError(f"{job.directory}: a container cannot mount a directory with , or : in its name; rename it")
         mounts = ",".join([f"{job.directory}:{job.directory}", *cluster.mounts])
         options += [f"--container-image={cluster.container}", f"--container-mounts={mounts}"]
         options += [f"--container-workdir={job.directory}", "--no-container-mount-home"]
     quoted = " \\\n  ".join(map(shlex.quote, options))
-    return [f'srun {quoted} \\\n  {job.command} train "$memory/recipe.yaml" || code=$?']
+    return [f'srun {quoted} \\\n  {shlex.join(job.command)} train "$memory/recipe.yaml" || code=$?']
 
 
 _AFTER = """
@@ -205,6 +232,7 @@ _AFTER = """
 state=none
 if [[ -e "$run_dir/state" ]]; then
   read -r state <"$run_dir/state" || true
+  [[ $state =~ ^[a-z]+$ ]] || state=none
 fi
 newest=$(find "$run_dir/checkpoints" -maxdepth 1 -name 'step_*' ! -name '*.*' 2>/dev/null | sort | tail -n 1 || true)
 echo "ended with exit code $code, state $state, newest checkpoint ${{newest##*/}}"
@@ -230,8 +258,8 @@ if [[ $state != preempted && $code -ne {preempted} ]]; then
   failures=1
   if [[ -e "$memory/failures" ]]; then
     read -r before last <"$memory/failures" || true
-    if [[ ${{last:-}} == "${{newest##*/}}" ]]; then
-      failures=$((before + 1))
+    if [[ ${{before:-}} =~ ^[0-9]{{1,9}}$ && ${{last:-}} == "${{newest##*/}}" ]]; then
+      failures=$((10#$before + 1))
     fi
   fi
   echo "$failures ${{newest##*/}}" >"$memory/failures"

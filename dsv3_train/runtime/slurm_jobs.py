@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
+import re
 import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,11 @@ from dsv3_train.runtime import incidents
 from dsv3_train.runtime.slurm import FOLDER, Job, nodes, refuse_unlike, script
 from dsv3_train.whole import write
 
+_JOB = re.compile(r"[0-9]{1,18}(_[0-9]{1,9})?")
+"""A job's number; of an array's task, with its own."""
+_MOST_RUNS = 1000
+"""Of a sweep: what SLURM takes by default (MaxArraySize)."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -27,7 +35,7 @@ class Prepared:
     job: Job
     script: str
     resolved: list[str]
-    """The recipes as YAML."""
+    """The recipes as YAML, which may hold what is not for everyone (`Recipe.file_mode`)."""
 
     def lay_out(self) -> list[Path]:
         """Write recipe and script into the run directories, where the job looks for them; their folders there.
@@ -37,9 +45,9 @@ class Prepared:
         """
         folders = [path / FOLDER for path in self.job.run_dirs]
         try:
-            for folder, text in zip(folders, self.resolved, strict=True):
+            for folder, recipe, text in zip(folders, self.job.recipes, self.resolved, strict=True):
                 folder.mkdir(parents=True, exist_ok=True)
-                write(folder / "recipe.yaml", text)
+                write(folder / "recipe.yaml", text, recipe.file_mode)
                 write(folder / "script.sh", self.script)
                 for mark in ("finished", "failures"):  # of jobs before
                     (folder / mark).unlink(missing_ok=True)
@@ -63,7 +71,10 @@ class Prepared:
         jobs: list[str] = []
         for _ in range(chain):
             after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
-            jobs.append(_slurm("sbatch", "--parsable", *after, str(folders[0] / "script.sh")).strip().split(";")[0])
+            told = _slurm("sbatch", "--parsable", *after, str(folders[0] / "script.sh")).strip().split(";")[0]
+            if not _JOB.fullmatch(told):
+                raise UserError(f"sbatch: no job's number in {told!r}; submitted were {', '.join(jobs) or 'none'}")
+            jobs.append(told)
         for number, folder in enumerate(folders):
             own = self.job.of_run(number, jobs)
             (folder / "jobs").write_text("".join(f"{job}\n" for job in own), encoding="utf-8")
@@ -76,7 +87,7 @@ def prepare(
     sweep: list[str],
     given: dict[str, str | None],
     asked_nodes: int | None = None,
-    options: list[str] | None = None,
+    after: str | None = None,
     max_requeues: int = 100,
 ) -> Prepared:
     """Check everything that can be checked before a job waits in a queue.
@@ -84,18 +95,22 @@ def prepare(
     Args:
         sweep: `key=v1,v2` each; all combinations.
         given: partition, account, time, container: what is not None wins over the site's file.
+        after: a job's number.
 
     Raises:
         UserError: the recipe (in any combination), the site's file, the time or the number of nodes is at fault, or the
             combinations cannot share a script.
     """
     defaults = site.load().model_copy(update={name: value for name, value in given.items() if value is not None})
+    here = _here()
     axes = []
     for axis in sweep:
         key, equals, values = axis.partition("=")
         if not equals or not values:
             raise UserError(f"--sweep: {axis!r}: give KEY=VALUE,VALUE, as schedule.lr=1e-4,2e-4")
         axes.append([f"{key}={value}" for value in values.split(",")])
+    if (runs := math.prod(map(len, axes))) > _MOST_RUNS:
+        raise UserError(f"--sweep: {runs} runs are more than the {_MOST_RUNS} of one array; submit it in parts")
     recipes, run_dirs = [], []
     for number, combination in enumerate(itertools.product(*axes)):
         recipe = load(ref, [*overrides, *combination])
@@ -106,19 +121,26 @@ def prepare(
             run_dir = f"{run_dir}-{number}"
             recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"run_dir": run_dir})})
         recipes.append(recipe)
-        run_dirs.append(Path(run_dir).absolute())
+        run_dirs.append(here / run_dir)
     refuse_unlike(recipes, sweep)
     lead = recipes[0].faults.stop_lead_seconds
     if defaults.time is not None:
         _refuse_time(defaults.time, "--time" if given.get("time") else f"{site.file()}: time", lead)
     nodes(recipes[0], asked_nodes)
-    job = Job(recipes, run_dirs, Path.cwd(), max_requeues=max_requeues, options=options or [])
+    if after is not None and not _JOB.fullmatch(after):
+        raise UserError(f"--after: {after!r} is no job's number, as 41 or 41_7")
+    job = Job(recipes, run_dirs, here, max_requeues=max_requeues, after=after)
     # On the nodes this very installation is used, unless a container or the site's setup brings its own.
     if not defaults.container and not defaults.setup and not defaults.modules:
-        import sys
-
-        job = replace(job, command=f"{sys.executable} -m dsv3_cli.main")
+        job = replace(job, command=(sys.executable, "-m", "dsv3_cli.main"))
     return Prepared(job, script(job, defaults), [dump(recipe) for recipe in recipes])
+
+
+def _here() -> Path:
+    try:
+        return Path.cwd()
+    except OSError:
+        raise UserError("the working directory is gone; change to another") from None
 
 
 def _refuse_time(time: str, where: str, lead: int) -> None:
@@ -161,10 +183,10 @@ def status(run: str) -> Status:
     return Status(
         job=jobs[-1],
         queue=_queue(jobs),
-        state=state.read_text(encoding="utf-8").strip() if state.is_file() else "none",
+        state=_text(state).strip() if state.is_file() else "none",
         step=newest_step(run_dir / "metrics.jsonl"),
         checkpoint=whole[-1].name if whole else None,
-        incidents=incidents.read(run_dir)[-10:],
+        incidents=incidents.read(run_dir, 10),
     )
 
 
@@ -174,7 +196,9 @@ def _queue(jobs: list[str]) -> str | None:
     lines = _slurm("squeue", "--noheader", columns, f"--jobs={','.join(jobs)}", check=False)
     told = []
     for line in lines.splitlines():
-        job, state, restarts, *reason = line.split(maxsplit=3)
+        if len(words := line.split(maxsplit=3)) < 3:
+            raise UserError(f"squeue: {line!r} is not what it was asked for: job, state, restarts, reason")
+        job, state, restarts, *reason = words
         told.append(" ".join([job, state, f"restarts={restarts}", *reason]).rstrip())
     return "\n".join(told) or None
 
@@ -219,14 +243,28 @@ def _jobs(run_dir: Path) -> list[str]:
     path = run_dir / FOLDER / "jobs"
     if not path.is_file():
         raise UserError(f"{path}: missing: the run was prepared, but never submitted")
-    return path.read_text(encoding="utf-8").split()
+    jobs = _text(path).split()
+    if not jobs or not all(map(_JOB.fullmatch, jobs)):
+        raise UserError(f"{path}: has to be numbers of jobs, one a line; submit again, or end the jobs with scancel")
+    return jobs
+
+
+def _text(path: Path) -> str:
+    """Of a small file."""
+    try:
+        with path.open("rb") as file:
+            return file.read(1 << 16).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'no UTF-8 text'})") from None
 
 
 def _slurm(program: str, *arguments: str, check: bool = True) -> str:
     try:
-        done = subprocess.run([program, *arguments], capture_output=True, text=True)
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, errors="replace")
     except FileNotFoundError:
         raise UserError(f"{program}: not found; submit where SLURM is installed, or look with --dry-run") from None
+    except OSError as error:
+        raise UserError(f"{program}: cannot be started ({error.strerror})") from None
     if done.returncode and check:
         raise UserError(f"{program}: {' '.join(done.stderr.split())}")
     return done.stdout

@@ -21,14 +21,15 @@ from dsv3_train.recipe.ready import refuse_unready
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import deterministic, distributed, heartbeat, preflight_run
 from dsv3_train.runtime.exits import PREEMPTED
-from dsv3_train.runtime.launch import ATTEMPT, Restarts, joined_world, launch
+from dsv3_train.runtime.launch import ATTEMPT, Restarts, launch
+from dsv3_train.runtime.launcher import join
 from dsv3_train.runtime.rendezvous import Absent
 from dsv3_train.runtime.signals import StopRequest, end_when_asked
 from dsv3_train.runtime.watchdog import Watchdog
 from dsv3_train.training import data_identity
 from dsv3_train.training.indices import ready_data
 from dsv3_train.training.machine import refuse_machine, told_when_full
-from dsv3_train.training.rundir import hold, write_state
+from dsv3_train.training.rundir import hold, missing, undo, write_state
 from dsv3_train.training.startup import Startup
 
 
@@ -45,7 +46,7 @@ def run(ref: str, overrides: list[str]) -> None:
     Schedules(recipe)  # whether it goes to the end
     device = distributed.device_of(recipe)
     startup.mark("interpreter, torch and recipe")
-    joined = joined_world() is not None
+    joined = join() is not None
     if not joined:  # before any process starts; under a launcher, the ranks see to it
         _refuse_begin(recipe)
         refuse_machine(recipe, device)
@@ -87,14 +88,17 @@ def _import(recipe: Recipe, device: str) -> None:
 def _on_rank(recipe: Recipe, device: str, startup: Startup, joined: bool) -> None:
     """Train; rank 0 leaves in RUN_DIR/state how that ended, for whoever starts runs (runtime/slurm.py)."""
     leader = os.environ["RANK"] == "0"
+    made = missing(recipe.run_dir) if leader else []  # other ranks make nothing before they have met this one
     ended = "failed"
     try:
         _train_on_rank(recipe, device, startup, joined)
         ended = "finished"
     except Absent:
+        undo(made)
         raise
     except UserError:
         ended = "refused"
+        undo(made)
         raise
     except SystemExit as stop:
         ended = "preempted" if stop.code == PREEMPTED else "failed"

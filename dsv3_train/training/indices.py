@@ -17,7 +17,7 @@ from dsv3_train.optim.schedules import Schedules
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import distributed
 from dsv3_train.training import data_identity
-from dsv3_train.training.rundir import hold
+from dsv3_train.training.rundir import hold, missing, undo
 
 Datasets = tuple[torch.utils.data.Dataset, "torch.utils.data.Dataset | None"]
 
@@ -75,16 +75,21 @@ def build(recipe: Recipe) -> Indexed:
         UserError: see `datasets.check`; a run is in that directory, or it cannot be written.
     """
     run_dir = recipe.run_dir
+    made = missing(run_dir)
     try:
         hold(run_dir)
     except OSError as error:
         raise UserError(f"runtime.run_dir: {run_dir} cannot be written ({error.strerror}); set another") from None
-    ready_data(recipe)
-    data_identity.keep(recipe, run_dir)
-    distributed.prepare_import("cuda" if torch.cuda.is_available() else "cpu", recipe)
     cache = run_dir / "cache"
-    before, start = _bytes(cache), time.monotonic()
-    of_run(recipe, run_dir)
+    try:
+        ready_data(recipe)
+        data_identity.keep(recipe, run_dir)
+        distributed.prepare_import("cuda" if torch.cuda.is_available() else "cpu", recipe)
+        before, start = _bytes(cache), time.monotonic()
+        of_run(recipe, run_dir)
+    except UserError:
+        undo(made)
+        raise
     seconds, after = time.monotonic() - start, _bytes(cache)
     return Indexed(str(cache), Schedules(recipe).enough_samples, after / 2**30, seconds if after != before else 0.0)
 

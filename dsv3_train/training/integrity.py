@@ -6,12 +6,14 @@ import platform
 import struct
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
+from typing import Optional
 
 import torch
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dsv3_train.runtime import heartbeat
+from dsv3_train.runtime.exchange import exchange
 from dsv3_train.runtime.pipeline_groups import replicas
 from dsv3_train.training.losses import Losses
 from dsv3_train.training.step import Trainer
@@ -102,7 +104,5 @@ def _who(mine: bool, what: str) -> str | None:
     """`what` and the ranks that say it of themselves, the same text everywhere; None if nobody does. Collective."""
     if not _agree(mine):
         return None
-    told: list[str | None] = [None] * torch.distributed.get_world_size()
     text = f"rank {torch.distributed.get_rank()} on {platform.node()} {what}" if mine else None
-    torch.distributed.all_gather_object(told, text)
-    return "; ".join(line for line in told if line)
+    return "; ".join(line for line in exchange(Optional[str], text) if line)

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv3_train.errors import UserError
+from dsv3_train.pipeline.simulate import Span
 from dsv3_train.recipe.load import load
 from dsv3_train.recipe.ready import refuse_unready
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.runtime import distributed
-from dsv3_train.runtime.launch import joined_world, launch
+from dsv3_train.runtime.launch import launch
+from dsv3_train.runtime.launcher import join
 from dsv3_train.training.machine import refuse_machine, told_when_full
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def run(recipe: Recipe, plan: Plan, done: Callable[[], None]) -> None:
     if beyond:
         raise UserError(f"--ranks: {beyond[0]} is none of the recipe's {world} ranks (0 to {world - 1})")
     device = distributed.device_of(recipe)
-    if joined_world() is None:
+    if join() is None:
         refuse_machine(recipe, device)
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
@@ -178,19 +180,28 @@ class RandomSteps:
             torch.cuda.synchronize()
 
 
-def _gather(recorded: list[tuple]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Recorded:
+    """What a rank recorded."""
+
+    pipeline: list[int]
+    """Ranks of its pipeline, in order."""
+    steps: list[tuple[Span, ...]]
+    ahead: float
+    """Seconds by which its clock is ahead of rank 0's."""
+
+
+def _gather(recorded: list[tuple[Span, ...]]) -> list[_Recorded]:
     """Of every rank: its pipeline and place in it, how far its clock is ahead, and its spans per step. Collective."""
     import torch
     from megatron.core import parallel_state
 
     from dsv3_train.profiling.clocks import offsets
+    from dsv3_train.runtime.exchange import exchange
 
     ahead = offsets()
     pipeline = torch.distributed.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-    mine = {"pipeline": pipeline, "steps": recorded, "ahead": ahead[torch.distributed.get_rank()]}
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
-    return everyone
+    return exchange(_Recorded, _Recorded(pipeline, recorded, ahead[torch.distributed.get_rank()]))
 
 
 def _trace(work: RandomSteps, plan: Plan, rank: int, spans: Spans) -> None:
@@ -226,7 +237,7 @@ def _export(profiler: Any, path: Path) -> None:
         raise UserError(f"{path}: cannot write ({error.strerror or error})") from None
 
 
-def _timed(work: RandomSteps, seconds: list[float], gathered: list[dict[str, Any]]) -> dict[str, Any]:
+def _timed(work: RandomSteps, seconds: list[float], gathered: list[_Recorded]) -> dict[str, Any]:
     """Speed, and what was recorded of every pipeline."""
     from dsv3_train.planner.flops import flops_per_token
 
@@ -234,7 +245,7 @@ def _timed(work: RandomSteps, seconds: list[float], gathered: list[dict[str, Any
     length = recipe.training.sequence_length
     tokens = work.values.batch_size * length
     flops = flops_per_token(recipe.model, length, mtp=True) * tokens / recipe.parallel.world_size
-    pipelines = sorted({tuple(one["pipeline"]) for one in gathered})
+    pipelines = sorted({tuple(one.pipeline) for one in gathered})
     schedule = recipe.pipeline
     return {
         "recipe": recipe.name,
@@ -250,8 +261,8 @@ def _timed(work: RandomSteps, seconds: list[float], gathered: list[dict[str, Any
         "pipelines": [
             {
                 "ranks": ranks,
-                "ahead": [gathered[r]["ahead"] for r in ranks],
-                "steps": [gathered[r]["steps"] for r in ranks],
+                "ahead": [gathered[r].ahead for r in ranks],
+                "steps": [gathered[r].steps for r in ranks],
             }
             for ranks in pipelines
         ],

@@ -24,6 +24,7 @@ from dsv3_train.checkpoint.state import Position
 from dsv3_train.errors import UserError
 from dsv3_train.optim.ema import ParameterEma
 from dsv3_train.recipe.schema import Recipe
+from dsv3_train.runtime.exchange import exchange
 from dsv3_train.training import data_identity
 from dsv3_train.training.guard import Guard
 from dsv3_train.training.step import Trainer
@@ -86,18 +87,16 @@ class Resume:
     @staticmethod
     def _resolved(path: Path) -> Path:
         """The checkpoint that `path` means to rank 0: a run that still saves there shows others another."""
-        said: list[Path | UserError | None] = [None]
+        found, refused = "", ""
         if torch.distributed.get_rank() == 0:
             try:
-                said = [resolve(path)]
+                found = str(resolve(path))
             except UserError as error:
-                said = [error]
-        torch.distributed.broadcast_object_list(said)
-        (found,) = said
-        if isinstance(found, UserError):
-            raise found
-        assert found is not None
-        return found
+                refused = str(error)
+        ((found, refused),) = exchange(tuple[str, str], (found, refused), source=0)
+        if refused:
+            raise UserError(refused)
+        return Path(found)
 
     def load(self, path: Path) -> tuple[Position, list[str]]:
         """Be where a checkpoint is; what to say of it. Collective.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -45,7 +47,7 @@ def open_run_dir(run_dir: Path, recipe: Recipe, resolved: str, topology: dict[st
     try:
         notes = hold(run_dir)
         notes += _keep_recipe_before(run_dir, recipe)
-        _write(run_dir / "recipe.yaml", resolved)
+        _write(run_dir / "recipe.yaml", resolved, recipe.file_mode)
         _write(run_dir / "topology.json", json.dumps(topology, indent=1))
         _write(run_dir / "environment.json", json.dumps(environment(), indent=1))
     except OSError as error:
@@ -89,6 +91,24 @@ def hold(run_dir: Path, wait: bool = True) -> list[str]:
     return []
 
 
+def missing(run_dir: Path) -> list[Path]:
+    """The run directory and folders above it, as far as they are not there yet: what a command makes."""
+    return list(itertools.takewhile(lambda folder: not folder.exists(), [run_dir, *run_dir.parents]))
+
+
+def undo(made: list[Path]) -> None:
+    """Remove what a refused command has made (`missing`, before it), unless something was trained in it."""
+    if not made:
+        return
+    kept = [*made[0].glob("checkpoints/*"), made[0] / "incidents.jsonl", made[0] / "metrics.jsonl"]
+    if any(path.is_dir() or (path.is_file() and path.stat().st_size) for path in kept):
+        return
+    shutil.rmtree(made[0], ignore_errors=True)
+    for folder in made[1:]:
+        with contextlib.suppress(OSError):  # others have put something there
+            folder.rmdir()
+
+
 def _locked(lock: int, seconds: float) -> bool:
     """Lock an open file, if that can be had within so many seconds."""
     deadline = time.monotonic() + seconds
@@ -127,7 +147,7 @@ def _keep_recipe_before(run_dir: Path, recipe: Recipe) -> list[str]:
     kept = run_dir / f"recipe-before-{checkpoints[-1].name if checkpoints else 'step_00000000'}.yaml"
     # One that is there already led to this checkpoint; what was tried since left nothing.
     if changes and not kept.exists():
-        _write(kept, latest.read_text(encoding="utf-8"))
+        _write(kept, latest.read_text(encoding="utf-8"), stat.S_IMODE(latest.stat().st_mode))
     return [f"recipe changed: {key} was {before}, is {now}" for key, before, now in changes]
 
 
@@ -168,7 +188,11 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, mode: int = 0o666) -> None:
+    """As `whole.write`, and an error of the disk as such."""
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
+    with contextlib.suppress(FileNotFoundError):
+        unfinished.unlink()
+    with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+        file.write(text)
     os.replace(unfinished, path)
