@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Optional
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -20,6 +21,7 @@ from dsv3_train.checkpoint.hf.work import BLOCK_VALUES
 from dsv3_train.checkpoint.state import model_state
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.schema import Recipe
+from dsv3_train.runtime.exchange import exchange
 
 _MAY_DIFFER = ("model.rope_theta", "model.rope_scaling")
 """What a context extension changes; the weights do not depend on it."""
@@ -67,8 +69,7 @@ def _keep(directory: Directory, found: list[Published], absent: list[str], run_d
     """What `dsv3 convert from-hf` keeps; the ranks share looking at the scales. Returns what these say."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     own = [one for one in found if one.scale is not None][rank::world]
-    shares: list[dict[str, Looked]] = [{}] * world
-    torch.distributed.all_gather_object(shares, {one.weight.name: look(one) for one in own})
+    shares = exchange(dict[str, Looked], {one.weight.name: look(one) for one in own})
     looked = {name: one for share in shares for name, one in share.items()}
 
     def keep() -> None:
@@ -90,17 +91,17 @@ def carry(begun: Path, run_dir: Path) -> None:
 
 def on_first(work: Callable[[], None], run_dir: Path) -> None:
     """Do something on rank 0 that writes to a run directory, and fail on all ranks where it fails."""
-    said: list[str | None] = [None]
+    said: str | None = None
     if torch.distributed.get_rank() == 0:
         try:
             work()
         except OSError as error:
-            said = [f"runtime.run_dir: {run_dir / origin.FOLDER} cannot be written ({error.strerror or error})"]
+            said = f"runtime.run_dir: {run_dir / origin.FOLDER} cannot be written ({error.strerror or error})"
         except UserError as error:
-            said = [str(error)]
-    torch.distributed.broadcast_object_list(said)
-    if said[0] is not None:
-        raise UserError(said[0])
+            said = str(error)
+    (told_by_first,) = exchange(Optional[str], said, source=0)
+    if told_by_first is not None:
+        raise UserError(told_by_first)
 
 
 @torch.no_grad()
