@@ -97,7 +97,7 @@ def measured(schedule: Schedule, per_rank: list[tuple[Span, ...]], offsets: list
 
 
 def of_pipelines(timed: dict[str, Any]) -> list[tuple[list[int], Measured]]:
-    """Of every pipeline of several ranks in a `pipeline.json`: its ranks, and the global batch whose time is the median.
+    """Of every pipeline of several ranks in `pipeline.json`: its ranks, and the global batch whose time is the median.
 
     One stage alone is no pipeline, and leaves no spans where its micro-batches are CUDA graphs.
     """
