@@ -83,7 +83,6 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not JSON ({error}); fetch it again") from None
     if not isinstance(config, dict):
         raise UserError(f"{file}: not a JSON object; fetch it again")
-    _refuse_modelopt(path / "hf_quant_config.json")
     return config
 
 
@@ -95,18 +94,6 @@ def _object(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
                 f"{file}: {key}: is there twice, as {_show(value)} and {_show(found[key])}; keep the right one"
             )
     return found
-
-
-def _refuse_modelopt(file: Path) -> None:
-    """Refuse weights that NVIDIA's ModelOpt has quantised: config.json may say nothing of it."""
-    if not file.is_file():
-        return
-    try:
-        kind = json.loads(file.read_text(encoding="utf-8"))["quantization"]["quant_algo"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        kind = "unknown"
-    if kind is not None:
-        raise UserError(f"{file}: quant_algo: {kind} is not read; {_READABLE}: take the weights that were quantised")
 
 
 _READABLE = "only FP8 (e4m3) in 128x128 blocks, BF16 and FP32 are"
