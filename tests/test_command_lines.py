@@ -7,18 +7,17 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_launcher import OPEN_MPI, SRUN, less
+from test_tokenizer import KIMI
 
 import hf_models
 from dsv3_cli import main
 from dsv3_train.runtime import launcher
 from dsv3_train.training import command
-from test_launcher import OPEN_MPI, SRUN, less
-from test_tokenizer import KIMI
 
 Said = tuple[int, str, str]
 """Exit code, stdout, stderr."""
