@@ -46,8 +46,8 @@ def from_hf(
 ) -> None:
     """Make a checkpoint that any layout can load: DST/recipe.yaml and DST/checkpoints/step_00000000.
 
-    What is no weight of the model (RoPE's frequencies, scales of a KV cache, a vision tower, MTP that config.json does
-    not count) is left out and counted; `to-hf` brings it back.
+    Tensors that are not weights of the model (frequencies of RoPE, scales of a KV cache, a vision tower, MTP that
+    config.json does not count) are left out and counted; `to-hf` puts them back.
 
     A conversion that was killed goes on where it stopped. Each worker takes up to 0.64 GiB, whatever the model.
     For `dsv3 train` a checkpoint is not needed: checkpoint.load=hf:SRC begins from the files themselves.
@@ -83,8 +83,8 @@ def to_hf(
 ) -> None:
     """Write a checkpoint as transformers and inference engines read it: safetensors, index, config.json, tokenizer.
 
-    FP8 stores the linear layers in 128x128 blocks. One that training left alone gets the scale that it came with;
-    others get one by the rule of the files that they came from (`from-hf` says which), else amax / 448.
+    FP8 stores the linear layers in 128x128 blocks. A block that training did not change keeps its scale. The others get
+    a scale by the rule of the files that they came from (`from-hf` prints it), or amax / 448.
 
     Example: dsv3 convert to-hf runs/v3 models/mine --dtype fp8
     """

@@ -21,8 +21,8 @@ def prepare(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            help="Text (a file is one document), JSONL (a line is one), plain or in .gz, .zst, .bz2, .xz, and Parquet "
-            "(a row is one), told apart by content; directories; globs; python-stdlib; python-packages.",
+            help="Text files (one document each), JSONL (one per line) or Parquet (one per row), also compressed (.gz, "
+            ".zst, .bz2, .xz); the content decides which. Directories, globs, python-stdlib and python-packages too.",
             metavar="INPUT...",
         ),
     ],
@@ -31,7 +31,8 @@ def prepare(
         Optional[str], typer.Option(help="A tokenizer.json, or the directory that holds it; without it, train one.")
     ] = None,
     eos_token: Annotated[
-        Optional[str], typer.Option(help="Its token that ends a document (default: as its tokenizer_config.json says).")
+        Optional[str],
+        typer.Option(help="The token of --tokenizer that ends a document (default: as its configuration says)."),
     ] = None,
     vocab_size: Annotated[Optional[int], typer.Option(help="Tokens of a trained tokenizer (default: 4096).")] = None,
     fim_rate: Annotated[
@@ -62,11 +63,11 @@ def prepare(
     if tokenizer and vocab_size:
         raise UserError("--vocab-size: the tokenizer of --tokenizer has its own; give one of the two")
     if eos_token and not tokenizer:
-        raise UserError("--eos-token: a tokenizer that is trained has its own; give --tokenizer too, or leave it out")
+        raise UserError("--eos-token: names a token of --tokenizer, which is missing; a trained tokenizer has its own")
     if not 0 <= fim_rate <= 1:
         raise UserError(f"--fim-rate: {fim_rate:g} is no share of documents; give 0 to 1")
     if not 0 <= max_bad <= 1:
-        raise UserError(f"--max-bad: {max_bad:g} is no share of documents; give 0 to 1")
+        raise UserError(f"--max-bad: {max_bad:g} is not a share of documents; give a number from 0 to 1")
     if vocab_size is not None and vocab_size < 1:
         raise UserError(f"--vocab-size: {vocab_size} is no number of tokens; give 260 or more")
     trained = {} if vocab_size is None else {"vocab_size": vocab_size}

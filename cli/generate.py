@@ -37,7 +37,7 @@ def generate(
     from dsv3_train.generation.command import Request, run
 
     if ids is not None and prompt:
-        raise UserError("--ids: has --prompt beside it; give one of the two")
+        raise UserError("--ids: cannot be combined with --prompt; give one of the two")
     path = resolve(Path(checkpoint))
     run(path, overrides or [], Request(prompt, _numbers(ids), max_tokens, temperature, top_p, seed, as_json))
 

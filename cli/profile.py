@@ -42,8 +42,8 @@ def analyze(
     device and memsets are compute, as are kernels and copies that no rule knows, which are listed. hidden_fraction is
     null where there is no communication.
 
-    A GPU is a process and a device of it; a file with several is several ranks. A kernel that lasts until after the
-    next one of its stream begins is cut there, and counted. What cannot be told apart is refused.
+    Each device of each process is one GPU and one rank, also where a file has several. A kernel that runs into the next
+    kernel of its stream is cut there and counted. A trace whose GPUs cannot be told apart is refused.
 
     Example: dsv3 profile analyze trace.json.gz --html report.html
     """

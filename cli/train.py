@@ -19,7 +19,7 @@ def train(
 ) -> None:
     """Train a recipe, or go on where its run directory stopped.
 
-    Processes: those of torchrun, srun or mpirun where one of them started this; else as many as the recipe wants, here.
+    Joins the processes that torchrun, srun or mpirun started; without them, starts what the recipe asks for here.
 
     Example: dsv3 train smoke training.duration="20 steps" runtime.run_dir=runs/try
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import filecmp
+import hashlib
 import json
 import os
 import pickle
@@ -12,8 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsv3_cli import main
+from dsv3_train.data.prepare import prepare
+from dsv3_train.recipe.schema import Prepare
 from dsv3_train.training import rundir
 
 SMALL = [
@@ -55,8 +60,12 @@ def test_run_directory(trained):
     assert [line["step"] for line in steps if line["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
     assert "resumed from" in (run / "log.txt").read_text()
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_00000004", "step_00000006"]
-    for name in ("recipe.yaml", "environment.json", "topology.json", "learning_curve.png"):
+    for name in ("recipe.yaml", "environment.json", "topology.json", "learning_curve.png", "data.json"):
         assert (run / name).stat().st_size > 0
+    assert (run / "tokenizer" / "tokenizer_config.json").is_file()
+    saved = torch.load(run / "checkpoints" / "step_00000006" / "common.pt", weights_only=True)
+    assert saved["tokenizer"] == hashlib.sha256((run / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
+    assert saved["data"] == {path: met["identity"] for path, met in json.loads((run / "data.json").read_text()).items()}
     assert json.loads((run / "topology.json").read_text())["pipeline"] == 2
     assert (run / "expert_load" / "step_00000004.png").is_file()
     assert list((run / "tensorboard").iterdir())
@@ -146,6 +155,9 @@ def test_damaged_checkpoints(trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     checkpoints = tmp_path / "runs" / "smoke_parallel" / "checkpoints"
     longer = ["train", "smoke_parallel", *SMALL, "training.duration=7 steps", "checkpoint.interval=0"]
+    run = checkpoints.parent
+    (run / "data.json").unlink()  # as before runs kept it, and a tokenizer
+    shutil.rmtree(run / "tokenizer")
 
     def damage(step: int) -> None:
         piece = min((checkpoints / f"step_{step:08d}").glob("*.distcp"))
@@ -156,11 +168,36 @@ def test_damaged_checkpoints(trained, tmp_path):
     done = dsv3(*longer, cwd=tmp_path)
     assert "step_00000006: damaged (__0_0.distcp: its SHA-256" in done.stdout
     assert "step_00000004 at step 4" in done.stdout
+    assert "data.json: records from now on which data this run is trained on" in done.stdout
+    assert f"{run.name}/tokenizer: made from data/own.tokenizer.json" in done.stdout
+    assert (run / "data.json").is_file()
+    assert (run / "tokenizer" / "tokenizer.json").is_file()
     assert (checkpoints / "step_00000006.damaged" / "checked").is_file()
     damage(4)
     damage(7)
     for why in ("(__0_0.distcp: its SHA-256", "damaged, and"):  # none is left to begin with the second time
         refused(dsv3(*longer, cwd=tmp_path, check=False), "step_00000007.damaged: damaged", why, "train anew")
+
+
+def test_other_data_or_another_tokenizer_at_the_same_place(trained, tmp_path):
+    """A resume says so, and leaves the run as it was."""
+    source = tmp_path / "x.jsonl"
+    source.write_text("".join(json.dumps({"text": f"another text {number} " * 200}) + "\n" for number in range(400)))
+    places = [tmp_path / name for name in ("data", "tokenizer")]
+    for place in places:
+        shutil.copytree(trained, place)
+        given = {"tokenizer": str(place / "data/own.tokenizer.json")} if place.name == "data" else {"vocab_size": 300}
+        for end in ("bin", "idx", "manifest.json"):
+            (place / f"data/own.{end}").unlink()
+        prepare(Prepare(inputs=[str(source)], output=str(place / "data/own"), **given), workers=1)
+    longer = ["train", "smoke_parallel", "data.prepare=null", "data.train=[{path: data/own}]", *SMALL[:-3]]
+    longer.append("training.duration=8 steps")
+    data, tokenizer = at_once(*((longer, place) for place in places), check=False)
+    refused(data, "data/own: is not the data that runs/smoke_parallel was trained on up to step_00000006")
+    refused(tokenizer, "data/own", "another tokenizer than this model's, runs/smoke_parallel/tokenizer")
+    for place in places:
+        run = Path("runs/smoke_parallel")
+        assert not filecmp.dircmp(place / run, trained / run).diff_files
 
 
 def test_a_second_run_in_the_same_directory(trained, tmp_path):

@@ -133,19 +133,19 @@ YARN = V3["rope_scaling"]
 NOTED = {
     "rope_parameters beside rope_scaling": (
         without(V3, rope_parameters={"rope_type": "default", "rope_theta": 777.0}),
-        ["rope_scaling and rope_parameters disagree on ", "rope_theta, rope_type", "rope_scaling holds"],
+        ["rope_scaling and rope_parameters disagree on ", "rope_theta, rope_type", "rope_scaling is used"],
     ),
     "yarn in rope_parameters": (
         without(V3, "rope_scaling", rope_parameters=YARN),
-        ["has YaRN in rope_parameters alone", "before 5"],
+        ["has YaRN only in rope_parameters", "before version 5"],
     ),
     "theta in rope_parameters": (
         without(MOONLIGHT, "rope_scaling", "rope_theta", rope_parameters={"rope_theta": 777.0}),
-        ["has rope_theta in rope_parameters alone"],
+        ["has rope_theta only in rope_parameters"],
     ),
     "theta in rope_scaling": (
         without(V3, "rope_theta", rope_scaling={**YARN, "rope_theta": 777.0}),
-        ["has rope_theta in rope_scaling alone"],
+        ["has rope_theta only in rope_scaling"],
     ),
     "mscale_all_dim alone": (
         without(V3, rope_scaling={key: value for key, value in YARN.items() if key != "mscale"}),
@@ -157,7 +157,7 @@ NOTED = {
     ),
     "no original length": (
         without(V3, rope_scaling={"type": "yarn", "factor": 4.0}),
-        ["max_position_embeddings, 8192, holds", "DeepSeek's own code takes 4096"],
+        ["max_position_embeddings (8192) is used", "DeepSeek's own code takes 4096"],
     ),
     "original length at the top": (
         without(V3, rope_scaling={"type": "yarn", "factor": 4.0}, original_max_position_embeddings=64),
@@ -193,7 +193,7 @@ def test_files_that_all_read_alike_have_no_notes():
 REFUSED = {
     "two thetas": (
         without(V3, rope_parameters=None, rope_scaling={**YARN, "rope_theta": 1.0}),
-        "rope_theta: 50000.0 here",
+        "rope_theta: 50000.0 at the top level, but 1.0 in rope_scaling",
     ),
     "two types of RoPE": (
         without(V3, rope_scaling={**YARN, "rope_type": "default"}),
@@ -205,7 +205,7 @@ REFUSED = {
     ),
     "two original lengths": (
         without(V3, original_max_position_embeddings=128),
-        "original_max_position_embeddings: 128 here and 64 in rope_scaling",
+        "original_max_position_embeddings: 128 at the top level, but 64 in rope_scaling",
     ),
     "RoPE of each kind of layer": (
         without(V3, rope_scaling={"full_attention": YARN}),
@@ -218,7 +218,7 @@ REFUSED = {
     ),
     "experts under two names": (
         without(V3, num_local_experts=64),
-        "n_routed_experts: 32 here and 64 as num_local_experts",
+        "n_routed_experts: 32, but num_local_experts, which means the same, is 64",
     ),
     "a head's width": (without(V3, head_dim=12), "head_dim: 12, but qk_rope_head_dim is 8"),
     "a key's width": (without(V3, qk_head_dim=12), "qk_head_dim: 12, but qk_nope_head_dim + qk_rope_head_dim is 24"),
@@ -236,7 +236,7 @@ REFUSED = {
     ),
     "INT4": (
         without(V3, quantization_config={"quant_method": "compressed-tensors", "format": "pack-quantized"}),
-        'quantization_config: quant_method "compressed-tensors", format "pack-quantized" is not read',
+        'quantization_config: quant_method "compressed-tensors", format "pack-quantized" is not supported',
     ),
 }
 

@@ -121,7 +121,7 @@ def test_untouched_bytes(plain, tmp_path, monkeypatch, rule, dtype):
     if rule in FOUND:
         rules = list(find(resolve(tmp_path / "run")).rules.values())
         assert max(rules, key=rules.count) == FOUND[rule]
-        said = "by no known rule" if FOUND[rule] is None else f"largest / {FOUND[rule].largest:g}"
+        said = "follow no known rule" if FOUND[rule] is None else f"largest / {FOUND[rule].largest:g}"
         assert any(said in note for note in report["notes"])
     if rule == "V3.1":
         own = find(resolve(tmp_path / "run")).rule("model.layers.0.self_attn.o_proj.weight")

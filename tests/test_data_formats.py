@@ -163,7 +163,8 @@ def test_more_than_may_be_unreadable(tmp_path):
     (tmp_path / "new").rmdir()
     rows[50] = '{"txt": "a"}'
     with pytest.raises(
-        UserError, match=r"cannot read 21 of 2000 documents, over 0\.01 of all; .*x\.jsonl:1: .*--max-bad"
+        UserError,
+        match=r"cannot read 21 of 2000 documents, more than the allowed share of 0\.01; .*x\.jsonl:1: .*-bad",
     ):
         made(tmp_path, "x.jsonl", "\n".join(rows).encode())
     assert not (tmp_path / "new").exists()

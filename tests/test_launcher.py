@@ -76,7 +76,7 @@ def there(launched: str, rank: int, world: int, local: int | None, port: int, ad
         ({**HAND, "MASTER_ADDR": "[::1]"}, here("torchrun", 1, 2, None, 29500)),
         ({**HAND, "MASTER_ADDR": "localhost"}, here("torchrun", 1, 2, None, 29500)),
         ({"RANK": "0", "WORLD_SIZE": "1"}, here("torchrun", 0, 1, 0, None)),
-        ({**HAND, **SRUN, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, there("torchrun", 3, 4, 1, 29500)),
+        ({**HAND, **SRUN, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, there("srun", 3, 4, 1, 29500)),
         (BATCH, None),
         (SALLOC, None),
         (less(SALLOC, "SLURM_STEP_NUM_TASKS"), None),

@@ -119,7 +119,7 @@ def test_prepare_refuses(tmp_path):
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "hello": 1, "<unk>": 2}, "<unk>"))
     words.add_special_tokens(["</s>"])
     words.save(str(tmp_path / "words.json"))
-    assert "takes a text that spells </s>" in message(str(tmp_path / "words.json"), eos_token="</s>")
+    assert "reads the text </s> inside a document as its end" in message(str(tmp_path / "words.json"), eos_token="</s>")
     assert message(None, eos_token="</s>").startswith("eos_token: ")
     (tmp_path / "moonlight").mkdir()
     (tmp_path / "moonlight" / "tiktoken.model").write_bytes(b"IQ== 0\n")

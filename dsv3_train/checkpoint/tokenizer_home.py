@@ -51,8 +51,8 @@ class Home:
         """Raises UserError: there is no tokenizer.json, or it is damaged."""
         if DEFINITION not in self.files:
             raise UserError(
-                f"{self.place}: has no tokenizer.json, and code is never run for one; set data.tokenizer to a "
-                "tokenizer.json of this model's vocabulary"
+                f"{self.place}: has no tokenizer.json, and the model's own tokenizer code is never run; set "
+                "data.tokenizer to a tokenizer.json with this model's vocabulary"
             )
         return Tokenizer(self.files[DEFINITION], str(self.place), self.files, self.eos_token)
 
@@ -103,13 +103,13 @@ def find_checked(run_dir: Path, recipe: Recipe) -> Home | None:
         made = manifest.load(dataset.path)
         if made and made.tokenizer.sha256 != home.sha256:
             raise UserError(
-                f"{dataset.path}: was made with another tokenizer than {home.place}, which this model has; prepare it "
-                f"with --tokenizer {home.place}"
+                f"{dataset.path}: was prepared with another tokenizer than this model's, {home.place}; prepare it "
+                f"again with --tokenizer {home.place}"
             )
         if made and home.tokenizer.ends_with not in (None, made.tokenizer.eos_id):
             raise UserError(
-                f"{dataset.path}: its documents end with token {made.tokenizer.eos_id}, and by {home.place} with "
-                f"{home.tokenizer.ends_with}; prepare it otherwise, or set data.eos_token to its token as spelled"
+                f"{dataset.path}: its documents end with token {made.tokenizer.eos_id}, but {home.place} ends them "
+                f"with {home.tokenizer.ends_with}; prepare it again, or spell the right token in data.eos_token"
             )
     return home
 
@@ -123,8 +123,8 @@ def refuse_named(home: Home, recipe: Recipe) -> None:
     path = _path(recipe)
     if path and home.sha256 not in (None, hashlib.sha256(read_definition(path)).hexdigest()):
         raise UserError(
-            f"{path}: another tokenizer than {home.place}, which this model has; set "
-            f"data.tokenizer={home.place}, and prepare data with that"
+            f"{path}: is another tokenizer than this model's, {home.place}; set data.tokenizer={home.place}, and "
+            "prepare the data with it"
         )
 
 

@@ -67,12 +67,12 @@ def look(path: str, text_key: str) -> Format:
         claimed = compression.named(name)
         head = _beginning(stream, packed)
     if claimed and not packed:
-        return Format("unknown", fault=f"holds no {claimed} data, whatever its name says; rename it")
+        return Format("unknown", fault=f"holds no {claimed} data, though its name says so; rename it")
     suffix = Path(name.removesuffix(claimed)).suffix
     if head.startswith(b"PAR1"):
         return Format("unknown", fault=f"Parquet inside {packed}; unpack it") if packed else Format("parquet")
     if suffix == ".parquet":
-        return Format("unknown", fault="holds no Parquet, whatever its name says; rename or remove it")
+        return Format("unknown", fault="holds no Parquet, though its name says so; rename or remove it")
     fault = _binary(head) or _table(head, suffix) if not _is_json(head) else _one_json(head)
     if fault:
         return Format("unknown", packed, fault)
@@ -125,7 +125,7 @@ def _one_json(head: bytes) -> str:
 
 
 def _table(head: bytes, suffix: str) -> str:
-    told = "; which column is the text is not known: write it as JSONL or Parquet"
+    told = "; nothing says which column is the text: write it as JSONL or Parquet"
     if suffix in _TABLES:
         return f"a table of columns between {_TABLES[suffix]}{told}"
     lines = _lines(head)

@@ -158,7 +158,7 @@ def _without_ends(prefix: str, found: index.Index, known: Manifest | None) -> It
         what = f"token {end}, the end of a document" if known else "a token that they share"
         yield (
             f"{prefix}: {len(ends) - ends.count(end)} of {len(ends)} documents looked at do not end with {what}: "
-            "a model learns no end from them, and takes one document for the next; `dsv3 data prepare` writes ends"
+            "a model learns no end from them, and runs documents together; `dsv3 data prepare` writes ends"
         )
 
 

@@ -83,7 +83,7 @@ def _prepare(settings: Prepare, progress: Progress, text_key: str, workers: int,
     given = Tokenizer.load(settings.tokenizer, settings.eos_token) if settings.tokenizer else None
     if given and given.eos_id in given.encode(given.spelling("eos")):
         raise UserError(
-            f"{given.name}: takes a text that spells {given.spelling('eos')} for the end of a document; give another"
+            f"{given.name}: reads the text {given.spelling('eos')} inside a document as its end; give another tokenizer"
         )
     if settings.eos_token and not given:
         raise UserError("eos_token: is for a tokenizer that is given; one that is trained has its own; leave it out")

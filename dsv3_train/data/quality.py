@@ -107,14 +107,14 @@ def refuse(results: Iterable[Part], files: int, first: str, tokenizer: Tokenizer
 
 def _too_bad(what: str, names: str, first: str, max_bad: float) -> str:
     return (
-        f"{names}: cannot read {what}, over {max_bad:.3g} of all; {first}; correct the inputs, or raise --max-bad "
-        "(data.prepare.max_bad)"
+        f"{names}: cannot read {what}, more than the allowed share of {max_bad:.3g}; {first}; correct the inputs, or "
+        "raise --max-bad (data.prepare.max_bad)"
     )
 
 
 def _refuse_loss(tokenizer: Tokenizer, lost: int, characters: int, names: str) -> None:
     if lost > MAX_CHARACTERS_LOST * characters:
         raise UserError(
-            f"{tokenizer.name}: loses {lost} of {characters} characters of {names} (decoded, their token ids are not "
-            "the text: it changes letters or knows none for them); give one without loss, such as byte-level BPE"
+            f"{tokenizer.name}: loses {lost} of {characters} characters of {names}, because it changes letters or has "
+            "no tokens for them; give one without loss, such as byte-level BPE"
         )

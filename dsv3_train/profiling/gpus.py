@@ -86,7 +86,7 @@ def _without_gpu(trace: Trace) -> list[Gpu]:
 def _refuse_broken_times(columns: dict[str, np.ndarray], at: str) -> None:
     apart = int(columns["end"].max()) - int(columns["start"].min())
     if apart > LONGEST:
-        raise UserError(f"{at}: its work lies {apart / 8.64e13:,.0f} days apart: a broken time stamp")
+        raise UserError(f"{at}: its events span {apart / 8.64e13:,.0f} days, so a time stamp is broken")
 
 
 def _gpu(trace: Trace, hosts: list[int], gpu: int, owner: int | None, rows: np.ndarray) -> Gpu:
@@ -101,11 +101,11 @@ def _gpu(trace: Trace, hosts: list[int], gpu: int, owner: int | None, rows: np.n
     if len(hosts) > 1 or len(trace.gpus) > 1:
         mine = _of_process(trace, owner, process, several=len(hosts) > 1)
     if len(hosts) > 1 and owner is None:
-        notes.append("which process launched this GPU's work is not known: nothing is said of launches and steps")
+        notes.append("the trace does not say which process launched this GPU's work: launches and steps are left out")
     if cut[0]:
         notes.append(
-            f"kernels cut where the next one of their stream begins, beside which they cannot run: {cut[0]:,} of "
-            f"{len(rows):,}, by {cut[1] / 1e6:,.3f} ms in all"
+            f"{cut[0]:,} of {len(rows):,} kernels ran into the next kernel of their stream and were cut there, by "
+            f"{cut[1] / 1e6:,.3f} ms in all"
         )
     if notes:
         mine = replace(mine, notes=[*mine.notes, *notes])
@@ -137,8 +137,8 @@ def _without_overruns(trace: Trace, kernels: dict[str, np.ndarray], at: str) -> 
     if len(worst):
         raise UserError(
             f"{at}: {share[worst[0]]:.0%} of the kernels of stream {trace.streams[used[worst[0]]]} begin while the one "
-            "before runs, so that they are not of one stream: were traces of several ranks put together under the same "
-            "numbers? Give each rank's as a file of its own"
+            "before runs, which kernels of one stream cannot do; if traces of several ranks were merged under the same "
+            "numbers, give one file per rank"
         )
     end[before] = limit
     return end, (len(before), int(lost.sum(dtype=float)))
@@ -183,9 +183,9 @@ def _owners(trace: Trace, hosts: list[int]) -> list[tuple[int, int | None, np.nd
         elif len(rows) < len(hosts) or _launched_twice(correlation):
             raise UserError(
                 f"{plain(str(trace.path))}: {len(hosts)} processes ({_told(trace, hosts[0])}, {_told(trace, hosts[1])}"
-                f"{', ...' if len(hosts) > 2 else ''}) launch work, and which of them the kernels of process "
-                f"{_told(trace, process)}, device {device} are of cannot be told: traces of several ranks were put "
-                "together under the same numbers; give each rank's as a file of its own"
+                f"{', ...' if len(hosts) > 2 else ''}) launch work, and it cannot be told which of them launched the "
+                f"kernels of process {_told(trace, process)}, device {device}: traces of several ranks were merged "
+                "under the same numbers; give one file per rank"
             )
         else:
             found.append((gpu, None, mine))

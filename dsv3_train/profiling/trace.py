@@ -321,7 +321,7 @@ class _Reader:
             if len(names) > 1:
                 raise UserError(
                     f"{self.told}: pid {self.processes.texts[process]} is two processes ({names[0]!r}, {names[1]!r}): "
-                    "traces put together under the same numbers; give each rank's as a file of its own"
+                    "traces were merged under the same numbers; give one file per rank"
                 )
 
     def _rank(self) -> int | None:

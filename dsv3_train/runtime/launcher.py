@@ -127,7 +127,9 @@ def _of_torch(env: Mapping[str, str], started: Joined | None) -> Joined | None:
     if local is not None and local >= here:
         raise UserError(f"LOCAL_RANK: {local}, but there are {here} processes; set it to 0 to {here - 1}")
     alone = world == 1 or ("LOCAL_WORLD_SIZE" in env and here == world)
-    return Joined("torchrun", rank, world, local, *_place(env, alone and world == 1, "torchrun", alone))
+    same = started is not None and (started.rank, started.world_size) == (rank, world)  # `join` has set them
+    name = started.launcher if started is not None and same else "torchrun"
+    return Joined(name, rank, world, local, *_place(env, alone and world == 1, name, alone))
 
 
 def _of_srun(env: Mapping[str, str], first_host: Callable[[str], str]) -> Joined | None:

@@ -99,5 +99,5 @@ def _read(run_dir: Path) -> dict[str, Met]:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(
-            f"{path}: not a record of a run's data: {where}: {first['msg']}; remove it to have it written anew"
+            f"{path}: not a record of a run's data: {where}: {first['msg']}; remove it, and the run writes a new one"
         ) from None

@@ -138,14 +138,14 @@ def test_another_tokenizer_is_refused(run, data, tmp_path, capfd):
     """By a resume, by a run that begins from it, with another dataset, and where the directory itself is another's."""
     own, other = settings(run, data), settings(run, data, name="other")
     assert tokenizer_home.find_checked(run, own).place == run / "tokenizer"
-    message = "another tokenizer than .*run/tokenizer, which this model has"
+    message = "another tokenizer than this model's, .*run/tokenizer;"
     with pytest.raises(UserError, match=message):
         tokenizer_home.find_checked(run, other)
     begins = {"checkpoint": {"load": str(run)}}
     assert tokenizer_home.find_checked(tmp_path / "new", settings(tmp_path / "new", data, **begins)).place.parent == run
     with pytest.raises(UserError, match=message):
         tokenizer_home.find_checked(tmp_path / "new", settings(tmp_path / "new", data, name="other", **begins))
-    with pytest.raises(UserError, match=r"other: was made with another tokenizer than .*run/tokenizer"):
+    with pytest.raises(UserError, match=r"other: was prepared with another tokenizer than this model's, .*run"):
         tokenizer_home.find_checked(run, settings(run, data, valid=("other",)))
     replaced = tmp_path / "replaced"
     shutil.copytree(run, replaced)
@@ -165,7 +165,7 @@ def test_one_end_of_a_document(data, tmp_path):
     (where / "tokenizer_config.json").write_text('{"eos_token": "<|fim_end|>", "model_max_length": 9}')
     run_dir = tmp_path / "run"
     begins = {"checkpoint": {"load": f"hf:{where}"}}
-    with pytest.raises(UserError, match=r"own: its documents end with token 0, and by .*/hf with 3"):
+    with pytest.raises(UserError, match=r"own: its documents end with token 0, but .*/hf ends them with 3"):
         tokenizer_home.find_checked(run_dir, settings(run_dir, data, **begins))
     recipe = settings(run_dir, data, **begins)
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"eos_token": "<|eos_token|>"})})

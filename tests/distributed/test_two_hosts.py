@@ -109,6 +109,17 @@ def trains_on(folder: Path, out: Path) -> None:
     launch(work, 4, "cpu")
 
 
+_STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def none_is_left() -> Iterator[None]:
+    """Also of a test that fails; ranks end with their launcher."""
+    yield
+    while _STARTED:
+        _STARTED.pop().kill()
+
+
 def started(function: str, *folders: Path) -> subprocess.Popen:
     """In a process of its own: process groups of tests before would crash forked ones."""
     script = (
@@ -117,7 +128,8 @@ def started(function: str, *folders: Path) -> subprocess.Popen:
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "TWO_HOSTS": json.dumps(NAMES)}
     command = [sys.executable, "-c", script, *map(str, folders)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    _STARTED.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
+    return _STARTED[-1]
 
 
 def test_two_hosts_train_as_one_does(hosts, tmp_path):

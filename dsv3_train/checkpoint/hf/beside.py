@@ -59,4 +59,4 @@ def told(kinds: Mapping[str, str]) -> list[str]:
     if not counts:
         return []
     listed = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
-    return [f"tensors that are no weights of this model: {listed}: not trained, kept in hf/ for to-hf"]
+    return [f"left out, because these tensors are not weights of this model: {listed}; hf/ keeps them for to-hf"]

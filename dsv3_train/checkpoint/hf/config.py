@@ -96,7 +96,7 @@ def _object(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
     return found
 
 
-_READABLE = "only FP8 (e4m3) in 128x128 blocks, BF16 and FP32 are"
+_READABLE = "weights are read in BF16, FP32, and FP8 (e4m3) in 128x128 blocks"
 
 
 def model_of(config: dict[str, Any], file: str) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def _unsupported(own: dict[str, Any], found: dict[str, Any]) -> Iterator[tuple[s
     ):
         names = ("quant_method", "quant_algo", "format", "fmt", "weight_block_size")
         said = ", ".join(f"{name} {_show(quantisation[name])}" for name in names if name in quantisation)
-        yield "quantization_config", f"{said or 'no quant_method'} is not read; {_READABLE}"
+        yield "quantization_config", f"{said or 'no quant_method'} is not supported; {_READABLE}"
 
 
 def _derived(own: dict[str, Any], found: dict[str, Any], kind: str) -> Iterator[tuple[str, str]]:

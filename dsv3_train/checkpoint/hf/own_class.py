@@ -146,8 +146,8 @@ def contradictions(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if name in own and other in own and own[name] != own[other]:
             yield (
                 name,
-                f"{json.dumps(own[name])} here and {json.dumps(own[other])} as {other}, its other name: transformers 5 "
-                "takes the latter, transformers 4 the former; keep the right one",
+                f"{json.dumps(own[name])}, but {other}, which means the same, is {json.dumps(own[other])}: "
+                f"transformers 5 reads {other}, transformers 4 reads {name}; keep the right one",
             )
     for name in sorted(_ABSENT[kind].keys() & config.keys() & own.keys()) if key is not None else ():
         if config[name] != own[name]:
@@ -161,7 +161,7 @@ def notes(config: dict[str, Any]) -> list[str]:
         both = one.get("dtype"), one.get("torch_dtype")
         if None not in both and both[0] != both[1]:
             said = f"config.json has dtype {both[0]} and torch_dtype {both[1]}"
-            found.append(f"{said}: transformers takes dtype; weights stay as stored")
+            found.append(f"{said}: transformers takes dtype; from-hf keeps each weight in its stored type")
     own = language(config)
     for other, name in OTHER_NAMES[OWN_CLASS[own["model_type"]]].items():
         if other in own and name not in own:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsv3_train.checkpoint.hf import beside, formats, language
+from dsv3_train.checkpoint.hf import beside, formats, language, own_class
 from dsv3_train.checkpoint.hf import config as configs
 from dsv3_train.checkpoint.hf.files import Stored, read_header
 from dsv3_train.checkpoint.hf.names import SCALE, weights
@@ -95,7 +95,8 @@ def open_directory(path: Path) -> Directory:
     whole = configs.read(path)
     config = language.part(whole)
     formats.refuse_named(path, whole, config)
-    configs.model_of(config, str(path / "config.json"))
+    # Of Kimi-VL the whole file, so that what stands beside `text_config` is compared with it.
+    configs.model_of(whole if own_class.part(whole) else config, str(path / "config.json"))
     weight_map = _weight_map(path)
     problems: list[str] = []
     tensors: dict[str, Stored] = {}

@@ -63,7 +63,7 @@ def read(config: dict[str, Any], longest: Any) -> Rope:
         theta = inside
     for name, place in (("partial_rotary_factor", config), (f"{key}.partial_rotary_factor", rope)):
         if place.get("partial_rotary_factor") not in (None, 1):
-            faults.append((name, "is not supported; qk_rope_head_dim says what RoPE turns"))
+            faults.append((name, "is not supported; qk_rope_head_dim alone sets which dimensions RoPE rotates"))
     if any(isinstance(value, dict) for value in rope.values()):
         faults.append((key, "has settings for each kind of layer; this model's layers share one RoPE"))
         return Rope(theta, None, key, faults)
@@ -73,7 +73,7 @@ def read(config: dict[str, Any], longest: Any) -> Rope:
     elif kind not in ("default", "yarn"):
         faults.append((key, f"type {kind!r} is not supported; it must be yarn, or null for plain RoPE"))
     elif kind == "default" and (rest := sorted(rope.keys() - _PLAIN)):
-        faults.append((key, f"has {', '.join(rest)}, but no type; set rope_type yarn, or remove what plain RoPE lacks"))
+        faults.append((key, f"has {', '.join(rest)}, but no type; set rope_type yarn, or remove these for plain RoPE"))
     elif kind == "yarn":
         faults += _yarn_faults(config, key, given, longest)
     if faults or kind == "default":
@@ -107,12 +107,12 @@ def _said(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _two(name: str, top: Any, inside: Any, key: str, five: str, four: str) -> tuple[str, str]:
-    said = f"{json.dumps(top)} here and {json.dumps(inside)} in {key}"
-    return name, f"{said}: transformers 5 takes {five}, transformers 4 {four}; keep the right one"
+    said = f"{json.dumps(top)} at the top level, but {json.dumps(inside)} in {key}"
+    return name, f"{said}: transformers 5 reads {five}, transformers 4 reads {four}; keep the right one"
 
 
 def _unread(key: str, what: str) -> str:
-    return f"config.json has {what} in {key} alone, where transformers before 5 does not read it"
+    return f"config.json has {what} only in {key}, where transformers before version 5 does not read it"
 
 
 def _ignored(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
@@ -125,7 +125,7 @@ def _ignored(config: dict[str, Any], rope: dict[str, Any]) -> list[str]:
     if not keys:
         return []
     said = f"config.json: rope_scaling and rope_parameters disagree on {', '.join(keys)}"
-    return [f"{said}: rope_scaling holds, as in transformers"]
+    return [f"{said}: rope_scaling is used, as in transformers"]
 
 
 def _comparable(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +163,9 @@ def _yarn(config: dict[str, Any], rope: dict[str, Any], longest: Any, notes: lis
             )
         elif original != _DEEPSEEKS_LENGTH:
             said = "config.json: yarn without original_max_position_embeddings: max_position_embeddings"
-            notes.append(f"{said}, {original}, holds as in transformers; DeepSeek's own code takes {_DEEPSEEKS_LENGTH}")
+            notes.append(
+                f"{said} ({original}) is used, as in transformers; DeepSeek's own code takes {_DEEPSEEKS_LENGTH}"
+            )
     mscale, mscale_all_dim = _mscales(rope, notes)
     return {
         "factor": rope["factor"],
@@ -187,7 +189,7 @@ def _mscales(rope: dict[str, Any], notes: list[str]) -> tuple[Any, Any]:
     if mscale_all_dim in (None, 0):
         if mscale not in (None, 1):
             said = f"config.json has mscale {json.dumps(mscale)} without mscale_all_dim"
-            notes.append(f"{said}: transformers takes 1, as is done here, DeepSeek's own code takes what it says")
+            notes.append(f"{said}: mscale 1 is used, as in transformers; DeepSeek's own code takes the given value")
         return NO_MSCALE
     numbers = all(isinstance(value, int | float) for value in (factor, mscale_all_dim))
     if not numbers or factor <= 1:

@@ -47,11 +47,13 @@ def told(looked: Mapping[str, Looked]) -> list[str]:
     rules = sorted(((rule, of) for rule, of in names.items() if rule), key=lambda item: -len(item[1]))
     if rules:
         listed = "; ".join(f"{rule} ({len(of):,} weights{_example(of, len(rules))})" for rule, of in rules)
-        lines.append(f"FP8 scales are kept, and what is trained gets new ones by its own rule: {listed}")
+        lines.append(f"FP8 scales are kept; a trained weight gets new ones by the rule found in its file: {listed}")
     if None in names:
-        lines.append(f"FP8 scales by no known rule: {_listed(names[None])}: kept, and what is trained gets usual ones")
+        lines.append(f"FP8 scales follow no known rule: {_listed(names[None])}: kept; if trained, they get usual ones")
     if lossy := [name for name, one in looked.items() if one.lossy]:
-        lines.append(f"will not come back byte for byte, for scales of 0 or near it lose codes: {_listed(lossy)}")
+        lines.append(
+            f"will not come back byte for byte, because scales near 0 or very large lose codes: {_listed(lossy)}"
+        )
     return lines
 
 

@@ -163,9 +163,9 @@ def make_plan(checkpoint: Path, dtype: Dtype | None, mtp: Mtp | None) -> Plan:
 def _tokens(tokenizer: Home | None, notes: list[str]) -> dict[str, int]:
     """config.json's ids of the tokens that begin and end a text and fill a batch, as far as they are known; else a
     note."""
-    without = "config.json has no eos_token_id and bos_token_id, for which transformers takes 1 and 0"
+    without = "config.json has no bos_token_id and eos_token_id, and transformers assumes 0 and 1"
     if tokenizer is None or tokenizer.sha256 is None:
-        notes.append(f"no tokenizer is known: none was written, and {without}")
+        notes.append(f"no tokenizer is known, so none was written; {without}")
         return {}
     try:
         tokens = {f"{role}_token_id": tokenizer.tokenizer.special(role) for role in ("bos", "eos", "pad")}
@@ -174,7 +174,9 @@ def _tokens(tokenizer: Home | None, notes: list[str]) -> dict[str, int]:
         return {}
     if tokens["bos_token_id"] != tokens["eos_token_id"]:
         begin = tokenizer.tokenizer.spelling("bos")
-        notes.append(f"by the tokenizer's configuration a text begins with {begin}, which no document of our data does")
+        notes.append(
+            f"the tokenizer's configuration begins a text with {begin}; documents that `dsv3 data prepare` made do not"
+        )
     return tokens
 
 
