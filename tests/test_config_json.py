@@ -277,14 +277,6 @@ def test_a_file_that_says_a_thing_twice(tmp_path):
             config.read(tmp_path)
 
 
-def test_modelopts_weights(tmp_path):
-    """NVIDIA's DeepSeek-V3.1-NVFP4 has a config.json that says nothing of it."""
-    (tmp_path / "config.json").write_text(json.dumps(V3))
-    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
-    with pytest.raises(UserError, match=r"hf_quant_config\.json: quant_algo: NVFP4 is not read"):
-        config.read(tmp_path)
-
-
 TEXT = without(MOONLIGHT, "model_type", "num_nextn_predict_layers", rope_theta=800000.0)
 KIMI_VL = {"model_type": "kimi_vl", "vision_config": {"hidden_size": 8}, "vocab_size": 64, "text_config": TEXT}
 """As published: the language model's settings without a type, some of them at the top too."""
@@ -391,3 +383,11 @@ def test_transformers_v2_has_yarns_softmax_scale():
     for layer in model.model.layers:
         layer.self_attn.scaling = 24**-0.5  # as 4.57 leaves it
     assert not _scales_softmax(model, ours)
+
+
+def test_a_language_model_of_unknown_type():
+    """Without a `model_type` only Kimi-VL's is known; Kimi-K2.5 names its own."""
+    assert config.model({**KIMI_VL, "model_type": "kimi_k25", "text_config": {**TEXT, "model_type": "kimi_k2"}}, "c")
+    for text, found in ((TEXT, "None"), ({**TEXT, "model_type": "llama"}, "'llama'")):
+        with pytest.raises(UserError, match=rf"^c: text_config\.model_type: {found} is not supported"):
+            config.model({**KIMI_VL, "model_type": "llava", "text_config": text}, "c")

@@ -128,6 +128,14 @@ def test_a_quantisation_beside_the_language_model(tmp_path):
     assert "quantization_config" not in after["text_config"]
 
 
+def test_a_setting_that_differs_beside_the_language_model(tmp_path):
+    """Kimi-VL says `vocab_size` at the top too; as the file stands, not only its part."""
+    hf_models.plain(tmp_path / "hf")
+    of_vision(tmp_path / "hf", vocab_size=161)
+    with pytest.raises(UserError, match=r"text_config\.vocab_size: 160 in text_config, but 161 beside it"):
+        convert_in(tmp_path / "hf", tmp_path / "run")
+
+
 def test_vision_without_a_language_model_is_refused(tmp_path):
     hf_models.plain(tmp_path / "hf")
     add(tmp_path / "hf", **{"vision_tower.patch_embed.proj.bias": torch.ones(3)})

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dsv3_train.checkpoint.hf import own_class, rope
+from dsv3_train.checkpoint.hf import language, own_class, rope
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.faults import Fault, Place, refuse
 from dsv3_train.recipe.messages import faults_of
@@ -83,7 +83,6 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not JSON ({error}); fetch it again") from None
     if not isinstance(config, dict):
         raise UserError(f"{file}: not a JSON object; fetch it again")
-    _refuse_modelopt(path / "hf_quant_config.json")
     return config
 
 
@@ -95,18 +94,6 @@ def _object(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
                 f"{file}: {key}: is there twice, as {_show(value)} and {_show(found[key])}; keep the right one"
             )
     return found
-
-
-def _refuse_modelopt(file: Path) -> None:
-    """Refuse weights that NVIDIA's ModelOpt has quantised: config.json may say nothing of it."""
-    if not file.is_file():
-        return
-    try:
-        kind = json.loads(file.read_text(encoding="utf-8"))["quantization"]["quant_algo"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        kind = "unknown"
-    if kind is not None:
-        raise UserError(f"{file}: quant_algo: {kind} is not read; {_READABLE}: take the weights that were quantised")
 
 
 _READABLE = "only FP8 (e4m3) in 128x128 blocks, BF16 and FP32 are"
@@ -144,19 +131,19 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def notes(config: dict[str, Any]) -> list[str]:
     """What of `config.json` another reader takes otherwise, or what of it does not hold, one line each."""
-    own = own_class.language(config)
+    own = language.part(config)
     return own_class.notes(config) + rope.read(own, settings(config)["max_position_embeddings"]).notes
 
 
 def _checked(config: dict[str, Any], file: str) -> tuple[dict[str, Any], Model]:
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in own_class.OWN_CLASS:
-        known = ", ".join(own_class.OWN_CLASS)
-        refuse([Fault(Place(file), "model_type", f"{kind!r} is not supported; it must be one of {known}")])
-    part = own_class.part(config)
+    part, own = language.key(config), language.part(config)
     within = f"{part}." if part else ""
+    kind = own.get("model_type")
+    if not isinstance(kind, str) or kind not in own_class.OWN_CLASS:
+        known = ", ".join([*own_class.OWN_CLASS, language.WITHOUT_TYPE])
+        refuse([Fault(Place(file), f"{within}model_type", f"{kind!r} is not supported; it must be one of {known}")])
     wrong = [(key if key == part else within + key, message) for key, message in own_class.contradictions(config)]
-    own, found = own_class.language(config), settings(config)
+    found = settings(config)
     theirs = rope.read(own, found["max_position_embeddings"])
     wrong += [(within + key, message) for key, message in (*_unsupported(own, found), *theirs.faults)]
     faults = [Fault(Place(file), key, message) for key, message in wrong]
