@@ -17,7 +17,7 @@ def write_pipelines(out: Path, timed: dict[str, Any]) -> tuple[list[dict[str, An
 
     Nothing where there is no pipeline.
     """
-    found = [(ranks, one) for ranks, one in of_pipelines(timed) if len(ranks) > 1]
+    found = of_pipelines(timed)
     told = [figures(one, ranks) for ranks, one in found]
     if not found:
         return told, [], ""

@@ -97,13 +97,18 @@ def measured(schedule: Schedule, per_rank: list[tuple[Span, ...]], offsets: list
 
 
 def of_pipelines(timed: dict[str, Any]) -> list[tuple[list[int], Measured]]:
-    """Of every pipeline in a `pipeline.json`: its ranks, and the global batch whose time is the median."""
+    """Of every pipeline of several ranks in `pipeline.json`: its ranks, and the global batch whose time is the median.
+
+    One stage alone is no pipeline, and leaves no spans where its micro-batches are CUDA graphs.
+    """
     from dsv3_train.pipeline.generate import build, whole_backwards
     from dsv3_train.recipe.chunks import SCHEDULED
 
     found = []
     for pipeline in timed["pipelines"]:
         ranks = list(pipeline["ranks"])
+        if len(ranks) == 1:
+            continue
         schedule = build(timed["kind"], len(ranks), timed["micro_batches"], timed["virtual"], timed["pairs"])
         if timed["kind"] in SCHEDULED and not timed["defer"]:
             schedule = whole_backwards(schedule)

@@ -109,7 +109,7 @@ def measure(work: RandomSteps, plan: Plan) -> None:
 
     if plan.balanced:
         balance(work.trainer)
-    for _ in range(plan.warmup):
+    for _ in range(plan.warmup + (work.trainer.graph is not None)):  # a graph is recorded in the second step
         work.step()
     spans, seconds, recorded = Spans(work.trainer), [], []
     for _ in range(plan.steps):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import torch
 
@@ -33,9 +34,8 @@ from dsv3_train.training.step import Trainer
 def tokenizer_of(run_dir: Path, recipe: Recipe) -> str | None:
     """sha256 of the run's tokenizer.json, by rank 0; None: not known. Collective."""
     home = tokenizer_home.find(run_dir, recipe) if torch.distributed.get_rank() == 0 else None
-    found = [home.sha256 if home else None]
-    torch.distributed.broadcast_object_list(found)
-    return found[0]
+    (found,) = exchange(Optional[str], home.sha256 if home else None, source=0)
+    return found
 
 
 @dataclass(frozen=True)

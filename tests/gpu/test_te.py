@@ -33,7 +33,7 @@ def recipe(device: str, **changes):
     changes = {"model": {}, "training": {}, "runtime": {}, **changes}
     changes["model"] = {**MODEL, **changes["model"]}
     changes["training"] = {"sequence_length": 128, **changes["training"]}
-    changes["runtime"] = {"device": device}
+    changes["runtime"] = {"device": device, **changes["runtime"]}
     return tiny(**changes)
 
 
