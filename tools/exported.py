@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 TOKENS = 32
 PROMPT = "Say it again."
@@ -29,21 +31,31 @@ def tokens(vocabulary: int) -> torch.Tensor:
 
 def model(path: Path) -> Any:
     """The language model of a directory in FP32."""
-    whole = json.loads((path / "config.json").read_text())
-    own = whole.get("text_config", whole)
-    if whole["model_type"] in ("deepseek_v3", "deepseek_v2"):
-        kind, options = transformers.AutoModelForCausalLM, {}
-    else:
+    config = json.loads((path / "config.json").read_text())
+    if "text_config" in config:
+        with tempfile.TemporaryDirectory() as alone:
+            language_model(path, Path(alone))
+            return model(Path(alone))
+    kind, options = transformers.AutoModelForCausalLM, {}
+    if config["model_type"] == "kimi_k2":
         kind = transformers.DeepseekV3ForCausalLM
-        options = {"config": transformers.DeepseekV3Config.from_dict({**own, "model_type": "deepseek_v3"})}
-        if own is not whole:
-            options["key_mapping"] = {r"^language_model\.": ""}
+        options["config"] = transformers.DeepseekV3Config.from_dict({**config, "model_type": "deepseek_v3"})
     loaded, info = kind.from_pretrained(
         path, torch_dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **options
     )
     if info["missing_keys"] or info["mismatched_keys"]:
         raise SystemExit(f"{path}: missing {info['missing_keys']}, of other shapes {info['mismatched_keys']}")
     return loaded.eval()
+
+
+def language_model(path: Path, to: Path) -> None:
+    """Write the language model of a vision-language directory by itself."""
+    text = json.loads((path / "config.json").read_text())["text_config"]
+    (to / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", **text}))
+    stored = {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    prefix = "language_model."
+    contents = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
+    save_file(contents, to / "model.safetensors", metadata={"format": "pt"})
 
 
 def run(path: Path) -> dict[str, Any]:
