@@ -52,12 +52,12 @@ R1, V3_1 = "DeepSeek-R1", "DeepSeek-V3.1"
 MOONLIGHT, K2, KIMI_VL = "Moonlight-16B-A3B-Instruct", "Kimi-K2-Instruct", "Kimi-VL-A3B-Instruct"
 FAMILIES = {
     "DeepSeek-V3": Family("DeepSeek-V3", R1, "DeepSeek-V3", files=CODE),
-    # Not found: the config.json of V3's first release, in December 2024, and V3's other files.
+    # Not found itself; here with the config.json of V3's first release, December 2024.
     "DeepSeek-V3-Base": Family("DeepSeek-V3.release-2024-12", R1, "DeepSeek-V3", files=CODE),
     "DeepSeek-V3.1": Family(V3_1, R1, V3_1, scale=power_of_two, files=CODE),
-    # Not found: V3.1's files, with norms in FP32 as V3.2 has them.
+    # Not found itself; here V3.1 with norms in FP32, as V3.2 has them.
     "DeepSeek-V3.1-Terminus": Family(V3_1, R1, V3_1, "F32", power_of_two, CODE),
-    # Not found: R1's files of January 2025; its index has CRLF.
+    # Not found itself; here R1, with an index whose lines end in CRLF, as a mirror of R1 has it.
     "DeepSeek-R1-0528": Family(R1, R1, R1, files=CODE, crlf=True),
     "DeepSeek-V2-Lite": Family("DeepSeek-V2-Lite", "DeepSeek-V2-Lite", files=CODE),
     "Moonlight-16B-A3B": Family(MOONLIGHT, MOONLIGHT, files=CODE | TIKTOKEN),
@@ -76,8 +76,7 @@ def make(path: Path, name: str) -> None:
             (path / file).write_bytes(content.read_bytes())
     for file, text in family.files.items():
         (path / file).write_text(text)
-    special = DATA / (family.tokenizer or "none") / "special_tokens.json"
-    if special.is_file():
+    if family.tokenizer and (special := DATA / family.tokenizer / "special_tokens.json").is_file():
         (path / "tokenizer.json").write_text(tokenizer(json.loads(special.read_text())))
     described = json.loads((DATA / family.tensors / "tensors.json").read_text())
     rows = [(name, dtype, shape) for row in described["tensors"] for name, dtype, shape in expanded(*row)]
