@@ -383,3 +383,11 @@ def test_transformers_v2_has_yarns_softmax_scale():
     for layer in model.model.layers:
         layer.self_attn.scaling = 24**-0.5  # as 4.57 leaves it
     assert not _scales_softmax(model, ours)
+
+
+def test_a_language_model_of_unknown_type():
+    """Without a `model_type` only Kimi-VL's is known; Kimi-K2.5 names its own."""
+    assert config.model({**KIMI_VL, "model_type": "kimi_k25", "text_config": {**TEXT, "model_type": "kimi_k2"}}, "c")
+    for text, found in ((TEXT, "None"), ({**TEXT, "model_type": "llama"}, "'llama'")):
+        with pytest.raises(UserError, match=rf"^c: text_config\.model_type: {found} is not supported"):
+            config.model({**KIMI_VL, "model_type": "llava", "text_config": text}, "c")

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dsv3_train.checkpoint.hf import own_class, rope
+from dsv3_train.checkpoint.hf import language, own_class, rope
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.faults import Fault, Place, refuse
 from dsv3_train.recipe.messages import faults_of
@@ -131,19 +131,19 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def notes(config: dict[str, Any]) -> list[str]:
     """What of `config.json` another reader takes otherwise, or what of it does not hold, one line each."""
-    own = own_class.language(config)
+    own = language.part(config)
     return own_class.notes(config) + rope.read(own, settings(config)["max_position_embeddings"]).notes
 
 
 def _checked(config: dict[str, Any], file: str) -> tuple[dict[str, Any], Model]:
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in own_class.OWN_CLASS:
-        known = ", ".join(own_class.OWN_CLASS)
-        refuse([Fault(Place(file), "model_type", f"{kind!r} is not supported; it must be one of {known}")])
-    part = own_class.part(config)
+    part, own = language.key(config), language.part(config)
     within = f"{part}." if part else ""
+    kind = own.get("model_type")
+    if not isinstance(kind, str) or kind not in own_class.OWN_CLASS:
+        known = ", ".join([*own_class.OWN_CLASS, language.WITHOUT_TYPE])
+        refuse([Fault(Place(file), f"{within}model_type", f"{kind!r} is not supported; it must be one of {known}")])
     wrong = [(key if key == part else within + key, message) for key, message in own_class.contradictions(config)]
-    own, found = own_class.language(config), settings(config)
+    found = settings(config)
     theirs = rope.read(own, found["max_position_embeddings"])
     wrong += [(within + key, message) for key, message in (*_unsupported(own, found), *theirs.faults)]
     faults = [Fault(Place(file), key, message) for key, message in wrong]

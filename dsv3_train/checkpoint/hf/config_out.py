@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from dsv3_train.checkpoint.hf import config as configs
-from dsv3_train.checkpoint.hf import own_class, rope
+from dsv3_train.checkpoint.hf import language, own_class, rope
 from dsv3_train.recipe.faults import Fault, Place, refuse
 from dsv3_train.recipe.schema import Model
 
@@ -80,21 +80,16 @@ def updated(config: dict[str, Any], model: Model, mtp: int | None, dtype: str) -
     Args:
         mtp: MTP modules to say; None: what `config` says of them stays.
     """
-    key = own_class.part(config)
-    if key is None:
-        return with_dtype(_updated(config, config, model, mtp), dtype)
-    inside = with_dtype(_updated(config, config[key], model, mtp), dtype)
-    if "quantization_config" not in config[key]:
-        inside.pop("quantization_config", None)  # of both parts together, at the top
-    return {**with_dtype(config, dtype), key: inside}
+    own = language.part(config)
+    return language.whole(config, with_dtype(_updated(own, model, mtp), dtype))
 
 
-def _updated(config: dict[str, Any], own: dict[str, Any], model: Model, mtp: int | None) -> dict[str, Any]:
+def _updated(own: dict[str, Any], model: Model, mtp: int | None) -> dict[str, Any]:
     """The language model's keys, `own`, with what differs from them in `model`, and with what they leave to defaults.
 
     Those of the versions of transformers and of DeepSeek's own code differ, and not all know all names of a key.
     """
-    theirs = configs.model(config, "config.json")
+    theirs = configs.model(own, "config.json")
     changed = {
         name: value
         for name, value in model.model_dump().items()
@@ -102,7 +97,7 @@ def _updated(config: dict[str, Any], own: dict[str, Any], model: Model, mtp: int
     }
     if mtp is not None:
         changed["num_nextn_predict_layers"] = mtp
-    kind = own_class.OWN_CLASS[own_class.language(config)["model_type"]]
+    kind = own_class.OWN_CLASS[own["model_type"]]
     others = {other: name for other, name in own_class.OTHER_NAMES[kind].items() if other in own and name in changed}
     result = own | changed | {other: changed[name] for other, name in others.items()}
     same = (model.rope_theta, model.rope_scaling) == (theirs.rope_theta, theirs.rope_scaling)

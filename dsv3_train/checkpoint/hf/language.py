@@ -10,33 +10,51 @@ from typing import Any
 
 PREFIX = "language_model."
 KEY = "text_config"
-_KIND = "deepseek_v3"
-"""The class of Kimi-VL's `text_config`, which has no `model_type` in its published file."""
+WITHOUT_TYPE, _KIND = "kimi_vl", "deepseek_v3"
+"""Whose `text_config` has no `model_type`, and the class that its own code reads it with."""
 _SHARED = ("quantization_config",)
 """Keys that stand beside `text_config` and hold for it."""
 
 
+def key(config: dict[str, Any]) -> str | None:
+    """The key below which the language model's settings are; None: they are at the top."""
+    return KEY if isinstance(config.get(KEY), dict) or config.get("model_type") == WITHOUT_TYPE else None
+
+
 def part(config: dict[str, Any]) -> dict[str, Any]:
-    """The language model's configuration: `config` itself where there is no other model in it."""
-    text = config.get(KEY)
-    if not isinstance(text, dict):
+    """The language model's keys as they stand, with the type of its class: `config` itself where it is alone.
+
+    A part has no part of its own: taken from one, it is the same. Where `text_config` is no object, its keys are none.
+    """
+    if key(config) is None:
         return config
-    return {"model_type": _KIND, **{key: config[key] for key in _SHARED if key in config}, **text}
+    text = config.get(KEY)
+    own = dict(text) if isinstance(text, dict) else {}
+    if config.get("model_type") == WITHOUT_TYPE:
+        own.setdefault("model_type", _KIND)
+    shared = {name: config[name] for name in _SHARED if name in config and own.get(name) is None}
+    return own | shared
 
 
 def whole(config: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
-    """`config` with its language model's part changed: what `part` took from elsewhere stays there."""
+    """`config` with its language model's part changed: what `part` took from elsewhere stays there.
+
+    A dtype beside it follows: transformers loads all parts in that one.
+    """
     text = config.get(KEY)
     if not isinstance(text, dict):
         return changed
-    inside = {key: value for key, value in changed.items() if key not in _SHARED or key in text or key not in config}
+    above = {name for name in _SHARED if name in config and text.get(name) is None}
+    inside = {name: value for name, value in changed.items() if name not in above}
     if "model_type" not in text:
         inside.pop("model_type", None)
-    above = {key: value for key, value in config.items() if key not in _SHARED or key in changed}
-    return {**above, KEY: inside}
+    dtype = changed.get("dtype") or changed.get("torch_dtype")
+    beside = {name: dtype if name in ("dtype", "torch_dtype") else value for name, value in config.items()}
+    beside |= {name: changed[name] for name in above if name in changed} | {KEY: inside}
+    return {name: value for name, value in beside.items() if name not in above or name in changed}
 
 
 def prefix(config: dict[str, Any], names: Iterable[str]) -> str:
     """What stands before the names of the language model's tensors."""
-    inside = isinstance(config.get(KEY), dict) and any(name.startswith(PREFIX) for name in names)
+    inside = key(config) is not None and any(name.startswith(PREFIX) for name in names)
     return PREFIX if inside else ""

@@ -101,7 +101,7 @@ def _transformers(side: Weights) -> Any:
         return None
     import transformers
 
-    own = own_class.language(side.directory.config)
+    own = side.directory.config
     config = {key: value for key, value in own.items() if key != "quantization_config" and value is not None}
     # Absent, the heads of keys are 128 to a deepseek_v3; and what a null of these means, its strict types do not take.
     config |= {"num_key_value_heads": side.model.num_attention_heads, "n_shared_experts": side.model.n_shared_experts}

@@ -241,7 +241,7 @@ def _kept(folder: Path) -> Origin:
         facts = json.loads(file.read_text(encoding="utf-8"))
         whole = configs.read(folder)
         config = language.part(whole)
-        configs.model_of(config, str(folder / "config.json"))
+        configs.model_of(whole, str(folder / "config.json"))
         # Earlier versions kept no tensors, and knew no rules.
         tensors = kept.read(folder) if "rules" in facts else {}
         said = facts.get("rules", {"usual": None, "others": {}})

@@ -10,15 +10,15 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from dsv3_train.checkpoint.hf import language
+
 OWN_CLASS = {
     "deepseek_v3": "deepseek_v3",
     "kimi_k2": "deepseek_v3",
-    "kimi_vl": "deepseek_v3",
     "deepseek_v2": "deepseek_v2",
 }
 """Whose layers are DeepSeek-V3's, or a part of them, and the class that reads them: transformers 5.24 reads a kimi_k2
-within Kimi-K2.5 as a deepseek_v3, and Kimi-VL's code its `text_config`, which names no type (Moonlight says that it is
-a deepseek_v3)."""
+within Kimi-K2.5 as a deepseek_v3."""
 
 _BOTH: dict[str, Any] = {
     "kv_lora_rank": 512,
@@ -88,23 +88,6 @@ _NULL_IS_NONE = ("n_shared_experts", "num_nextn_predict_layers")
 """Where null means 0: DeepSeek's own code has no shared experts then; transformers fails."""
 
 
-def part(config: dict[str, Any]) -> str | None:
-    """The key below which the language model's settings are; None: they are at the top."""
-    return "text_config" if config.get("model_type") == "kimi_vl" else None
-
-
-def language(config: dict[str, Any]) -> dict[str, Any]:
-    """The language model's own keys as they stand, with the type of its class: `text_config` of Kimi-VL."""
-    key = part(config)
-    if key is None:
-        return config
-    inside = config.get(key)
-    own = {**inside, "model_type": "deepseek_v3"} if isinstance(inside, dict) else {"model_type": "deepseek_v3"}
-    if own.get("quantization_config") is None and config.get("quantization_config") is not None:
-        own["quantization_config"] = config["quantization_config"]
-    return own
-
-
 def settings(config: dict[str, Any]) -> dict[str, Any]:
     """The language model's keys, those absent as its class takes them, under one name each.
 
@@ -112,7 +95,7 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     `n_shared_experts` and `num_nextn_predict_layers`.
     `config` is of a type in `OWN_CLASS`.
     """
-    own = language(config)
+    own = language.part(config)
     kind = OWN_CLASS[own["model_type"]]
     found = {**_ABSENT[kind], **own}
     for other, key in OTHER_NAMES[kind].items():
@@ -130,14 +113,14 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def says(config: dict[str, Any], key: str) -> bool:
     """Whether the key is there itself, under any of its names."""
-    own = language(config)
+    own = language.part(config)
     names = OTHER_NAMES[OWN_CLASS[own["model_type"]]]
     return key in own or any(other in own for other, name in names.items() if name == key)
 
 
 def contradictions(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(key, message) of every setting but RoPE's that stands in two places with two values."""
-    own, key = language(config), part(config)
+    own, key = language.part(config), language.key(config)
     if key is not None and not isinstance(config.get(key), dict):
         yield key, f"must be an object with the language model's settings, got {json.dumps(config.get(key))}"
         return
@@ -157,12 +140,12 @@ def contradictions(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def notes(config: dict[str, Any]) -> list[str]:
     """What of the settings other than RoPE's another reader may take otherwise, one line each."""
     found = []
-    for one in (config,) if part(config) is None else (config, language(config)):
+    for one in (config,) if language.key(config) is None else (config, language.part(config)):
         both = one.get("dtype"), one.get("torch_dtype")
         if None not in both and both[0] != both[1]:
             said = f"config.json has dtype {both[0]} and torch_dtype {both[1]}"
             found.append(f"{said}: transformers takes dtype; from-hf keeps each weight in its stored type")
-    own = language(config)
+    own = language.part(config)
     for other, name in OTHER_NAMES[OWN_CLASS[own["model_type"]]].items():
         if other in own and name not in own:
             found.append(f"config.json has {name} as {other} alone, which transformers before 5 does not read")

@@ -95,8 +95,7 @@ def open_directory(path: Path) -> Directory:
     whole = configs.read(path)
     config = language.part(whole)
     formats.refuse_named(path, whole, config)
-    # Of Kimi-VL the whole file, so that what stands beside `text_config` is compared with it.
-    configs.model_of(whole if own_class.part(whole) else config, str(path / "config.json"))
+    configs.model_of(whole, str(path / "config.json"))
     weight_map = _weight_map(path)
     problems: list[str] = []
     tensors: dict[str, Stored] = {}
