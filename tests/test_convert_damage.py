@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -226,7 +228,8 @@ def run(good, tmp_path, monkeypatch) -> Path:
 def test_damaged_checkpoints(run, tmp_path):
     file = resolve(run) / "__2_0.distcp"
     whole = file.read_bytes()
-    for data, part in ((whole[:-10], "cut short"), (b"\0" * len(whole), "damaged at byte"), (None, "missing")):
+    flipped = whole[:3000] + bytes([whole[3000] ^ 0x40]) + whole[3001:]
+    for data, part in ((whole[:-10], "cut short"), (flipped, "its SHA-256 is not the one"), (None, "missing")):
         file.unlink()
         if data is not None:
             file.write_bytes(data)
@@ -260,25 +263,58 @@ def test_full_disk(good, tmp_path, monkeypatch):
     """The third file meets a full disk: what is whole stays, and the next run ends the work."""
     monkeypatch.setattr(from_hf, "_SMALLEST_FILE", 1 << 17)
     checkpoint = tmp_path / "run.unfinished" / "checkpoints" / "step_00000000"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "__2_0.distcp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="run again, it goes on") as error:
+    with full_at(2, from_hf), pytest.raises(UserError, match="run again, it goes on") as error:
         convert(good, tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
     first = (checkpoint / "__0_0.distcp").stat().st_mtime_ns
-    (checkpoint / "__2_0.distcp").unlink()
     convert(good, tmp_path / "run")
     assert (resolve(tmp_path / "run") / "__0_0.distcp").stat().st_mtime_ns == first
     assert not checkpoint.exists()
-    (tmp_path / "out.unfinished").mkdir()
-    (tmp_path / "out.unfinished" / f"{shard(good).name}.part").symlink_to("/dev/full")
     plan = to_hf.make_plan(resolve(tmp_path / "run"), None, None)
-    with pytest.raises(UserError, match="run again, it goes on"):
+    with full_at(1, to_hf), pytest.raises(UserError, match="run again, it goes on"):
         to_hf.convert(plan, tmp_path / "out", 1, quiet)
-    (tmp_path / "out.unfinished" / f"{shard(good).name}.part").unlink()
     to_hf.convert(plan, tmp_path / "out", 1, quiet)
     assert hf_models.tensors(tmp_path / "out").keys() == hf_models.tensors(good).keys()
+
+
+@contextlib.contextmanager
+def full_at(number: int, module) -> Iterator[None]:
+    """The disk is full when a conversion writes its file `number`."""
+    plain, written = module.write_file, []
+
+    def write_file(*task):
+        if len(written) == number:
+            Path("/dev/full").write_text("x")
+        written.append(task)
+        return plain(*task)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "write_file", write_file)
+        yield
+
+
+@pytest.mark.parametrize("what", ["notes.txt", "checkpoints/notes.txt", "a link to a directory"])
+@pytest.mark.parametrize("ours", [True, False])
+def test_what_is_not_ours_stays(good, tmp_path, monkeypatch, what, ours):
+    """In TARGET.unfinished: neither taken into the target, nor deleted after a fault of the input."""
+    unfinished, elsewhere = tmp_path / "run.unfinished", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "thesis.txt").write_text("years of work")
+    if ours:
+        monkeypatch.setattr(from_hf, "_SMALLEST_FILE", 1 << 17)
+        killed_at(2, from_hf, good, tmp_path / "run")
+    if "link" in what:
+        if ours:
+            unfinished.rename(tmp_path / "there")
+        unfinished.symlink_to(tmp_path / "there" if ours else elsewhere)
+    else:
+        (unfinished / what).parent.mkdir(parents=True, exist_ok=True)
+        (unfinished / what).write_text("years of work")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="move it away, or choose another target"):
+        convert(good, tmp_path / "run")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_too_little_room(good, tmp_path, monkeypatch):
@@ -345,9 +381,12 @@ def die(where: str, number: int) -> int:
 
 
 def test_a_killed_worker(tmp_path):
-    units = [work.Unit(i, 1, (i,)) for i in range(2)]
-    with pytest.raises(UserError, match="a worker was killed"), work.unfinished(tmp_path / "run", "plan") as where:
-        work.run(where, die, units, 2, quiet, "converting")
+    units = [work.Unit(i, 1, die, (i,)) for i in range(2)]
+    with (
+        pytest.raises(UserError, match="a worker was killed"),
+        work.unfinished(tmp_path / "run", "plan", lambda _: True) as where,
+    ):
+        work.run(where, units, 2, quiet, "converting")
     assert not (tmp_path / "run").exists()
 
 

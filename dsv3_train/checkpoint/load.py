@@ -17,8 +17,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dsv3_train.checkpoint import checksums
-from dsv3_train.checkpoint.directory import DAMAGED, check_safe, complete, damaged, set_aside, sweep
+from dsv3_train.checkpoint import checksums, contents
+from dsv3_train.checkpoint.directory import DAMAGED, complete, damaged, set_aside, sweep
 from dsv3_train.checkpoint.sharing import ReadOnce
 from dsv3_train.checkpoint.state import (
     Guarded,
@@ -246,7 +246,7 @@ def load_weights(path: Path, chunks: list[GPTModel], once: bool = False, tokeniz
 
 
 def _common(path: Path) -> dict[str, Any]:
-    check_safe(path)
+    contents.read(path)
     # torch's planner reads the small objects of a checkpoint with weights_only=False; this overrules it.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:

@@ -166,6 +166,11 @@ def left_out(source: Path) -> list[str]:
     return [f"left out: {content}" for _, content in _others(source) if isinstance(content, UserError)]
 
 
+def others(source: Path) -> list[str]:
+    """Names of what `copy_others` copies."""
+    return [name for name, content in _others(source) if isinstance(content, bytes)]
+
+
 def _others(source: Path) -> Iterator[tuple[str, bytes | UserError]]:
     for file in sorted(source.iterdir()):
         theirs = not file.name.startswith(".") and not file.name.endswith(_WEIGHTS)
