@@ -17,7 +17,7 @@ import torch
 
 import hf_models
 from dsv3_train.checkpoint.directory import resolve
-from dsv3_train.checkpoint.hf import from_hf, inspect, sharded, to_hf, work
+from dsv3_train.checkpoint.hf import checks, from_hf, inspect, sharded, to_hf, verify, work
 from dsv3_train.errors import UserError
 
 pytest.importorskip("transformers")
@@ -241,6 +241,45 @@ def test_damaged_checkpoints(run, tmp_path):
         sharded.open_checkpoint.cache_clear()
 
 
+def test_without_checksums(run, tmp_path):
+    """Of a checkpoint that was written before there were any, what is no archive any more is seen; the rest is said."""
+    file = resolve(run) / "__2_0.distcp"
+    (resolve(run) / "manifest.json").unlink()
+    assert "manifest.json, so values that have changed" in to_hf.make_plan(resolve(run), None, None).notes[-1]
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(UserError, match="__2_0.distcp: damaged at byte"):
+        to_hf.convert(to_hf.make_plan(resolve(run), None, None), tmp_path / "out", 1, quiet)
+
+
+def test_a_bit_that_changed_is_seen_by_all(run, good, tmp_path):
+    """Values that are still numbers: by an export, a comparison and a look at the checkpoint; by no look at headers."""
+    file = resolve(run) / "__2_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x55
+    file.write_bytes(data)
+    said = "__2_0.distcp: its SHA-256 is not the one of what was written"
+    with pytest.raises(UserError, match=said):
+        to_hf.convert(to_hf.make_plan(resolve(run), None, None), tmp_path / "out", 1, quiet)
+    assert not (tmp_path / "out").exists()
+    for pair in ((run, good), (good, run), (run, run)):
+        with pytest.raises(UserError, match=said):
+            verify.verify(*map(verify.open_weights, pair), 1, quiet)
+    assert inspect.inspect(run)["problems"] == [said]
+    assert inspect.inspect(run, checksums=False)["problems"] == []
+
+
+def test_each_file_is_read_once_for_its_checksum(run, tmp_path, monkeypatch):
+    """And before the first file that is made of it."""
+    read: list[str] = []
+    plain = checks.check
+    monkeypatch.setattr(
+        checks, "check", lambda where, file, *entry: read.append(Path(file).name) or plain("", file, *entry)
+    )
+    to_hf.convert(to_hf.make_plan(resolve(run), None, None), tmp_path / "out", 1, quiet)
+    names = {file.name for file in resolve(run).iterdir()} - {"manifest.json"}
+    assert sorted(read) == sorted(names)
+
+
 def test_nan_in_a_checkpoint(run, tmp_path):
     from dsv3_train.checkpoint.hf.sharded import Checkpoint, _mapped
 
@@ -250,6 +289,7 @@ def test_nan_in_a_checkpoint(run, tmp_path):
     data = file.read_bytes()
     place = data.index(values.view(torch.uint8).numpy().tobytes(), tensor.chunks[0].begin)
     values[3] = float("nan")
+    (resolve(run) / "manifest.json").unlink()  # as one that was written before there were any
     file.write_bytes(data[:place] + values.view(torch.uint8).numpy().tobytes() + data[place + values.nbytes :])
     with pytest.raises(UserError, match=r"decoder\.final_layernorm\.weight: has values that are not finite"):
         to_hf.convert(to_hf.make_plan(resolve(run), None, None), tmp_path / "out", 1, quiet)

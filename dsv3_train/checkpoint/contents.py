@@ -54,7 +54,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
         raise pickle.UnpicklingError("it has what no writer of checkpoints uses")
 
     # `MEMOIZE`, which numbers by itself, is all that protocol 4 and later use.
-    dispatch = pickle._Unpickler.dispatch | dict.fromkeys(  # type: ignore[attr-defined]
+    dispatch = pickle._Unpickler.dispatch | dict.fromkeys(  # type: ignore[attr-defined, assignment]
         (pickle.PUT[0], pickle.LONG_BINPUT[0], pickle.BYTEARRAY8[0]), _refuse
     )
 

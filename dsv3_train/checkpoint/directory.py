@@ -94,15 +94,17 @@ def _left(root: Path, suffix: str) -> list[Path]:
 def finish(unfinished: Path, path: Path) -> None:
     """Give what is written its name, in place of one of the same step: the run resumed from an earlier one.
 
-    Everything written is on the disk itself before, and the name after: a power loss leaves the old one or the new one.
+    Files that were written are on the disk itself; here their names are put there, and the new name after them: a power
+    loss leaves the old one or the new one.
     """
-    whole.sync_below(unfinished)
+    whole.sync(unfinished)
     replaced = path.with_name(path.name + _REPLACED)
     if path.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         path.rename(replaced)
     unfinished.rename(path)
-    whole.sync(path.parent)
+    for above in (path.parent, path.parent.parent):
+        whole.sync(above)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

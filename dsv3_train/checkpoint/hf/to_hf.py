@@ -294,8 +294,9 @@ def convert(plan: Plan, target: Path, workers: int | None, progress: Progress) -
     files = sorted(set(plan.weight_map.values()))
     units = _units(plan, files)
     total = sum(unit.nbytes for unit in units)
-    changed = [(check, Path(check[0]).stat().st_mtime_ns) for check in checks.of(open_checkpoint(plan.checkpoint))]
-    changed.append((plan.checkpoint / ".metadata").stat().st_mtime_ns)
+    known = checks.of(open_checkpoint(plan.checkpoint))
+    files_of_it = [plan.checkpoint / ".metadata", *(Path(file) for file, *_ in known)]
+    changed = [known, [file.stat().st_mtime_ns for file in files_of_it]]
     fingerprint = ["with checksums", str(plan.checkpoint), changed, plan.dtype, plan.mtp, plan.weight_map]
     copied = set(origin.others(plan.origin.folder)) if plan.origin else set()
     ours = {*files, *(f"{file}.part" for file in files), *copied, "config.json", INDEX}
@@ -317,8 +318,7 @@ def _units(plan: Plan, files: list[str]) -> list[Unit]:
     first = checks.in_turn([[output.source for output in of_file] for of_file in outputs])
     units: list[Unit] = []
     for file, of_file, written, to_check in zip(files, contents, outputs, first, strict=True):
-        for check in to_check:
-            units.append(Unit(len(units), 0, checks.check, check, reads=check[1]))
+        units += [Unit(len(units) + i, 0, checks.check, one, reads=one[1]) for i, one in enumerate(to_check)]
         others = {name: plan.beside[name] for name in of_file if name in plan.beside}
         task = file, of_file, written, others, headers.get(file)
         units.append(Unit(len(units), sum(map(_nbytes, of_file.values())), write_file, task))

@@ -16,7 +16,7 @@ from dsv3_train.checkpoint.hf.checks import Check, check, in_turn
 from dsv3_train.checkpoint.hf.files import Stored
 from dsv3_train.checkpoint.hf.inspect import is_published
 from dsv3_train.checkpoint.hf.names import weights
-from dsv3_train.checkpoint.hf.published import Directory, open_directory, present
+from dsv3_train.checkpoint.hf.published import Directory, open_directory, readable
 from dsv3_train.checkpoint.hf.sides import Published, Side, blocks
 from dsv3_train.checkpoint.hf.work import Progress
 from dsv3_train.errors import UserError
@@ -63,9 +63,8 @@ def open_weights(path: Path) -> Weights:
         side = run.checkpoint_side(checkpoint, recipe)
         return Weights(checkpoint, {one.weight.name: one for one in side}, recipe.model, None, recipe)
     directory = open_directory(path)
-    directory.check_files()
     model = configs.model(directory.config, str(path / "config.json"), directory.mtp)
-    found = present(directory, model, directory.mtp)
+    found = readable(directory, model, directory.mtp)
     return Weights(path, {one.weight.name: one for one in found}, model, directory, None)
 
 
