@@ -93,15 +93,20 @@ def read_header(path: Path) -> dict[str, Stored]:
     """
     size, text = _header(path)
     tensors = _tensors(path, text)
-    end = 8 + len(text)
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
-        if tensor.begin != end:
-            raise UserError(f"{path}: {name} begins at byte {tensor.begin}, not {end}, where the one before ends")
-        end += tensor.nbytes
+    end = _end(path, tensors, 8 + len(text))
     if end != size:
         what = "cut short" if size < end else "longer than its header says"
         raise UserError(f"{path}: {what}: {size:,} bytes, and its header speaks of {end:,}; fetch it again")
     return tensors
+
+
+def _end(path: Path, tensors: Mapping[str, Stored], end: int) -> int:
+    """The byte after the last tensor, each of which begins where the one before ends, the first at `end`."""
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
+        if tensor.begin != end:
+            raise UserError(f"{path}: {name} begins at byte {tensor.begin}, not {end}, where the one before ends")
+        end += tensor.nbytes
+    return end
 
 
 def header_text(path: Path) -> bytes:
@@ -180,7 +185,7 @@ def layout(path: Path, contents: Mapping[str, tuple[str, tuple[int, ...]]], head
         known = _tensors(path, header_was.encode())
         if {name: (stored.dtype, stored.shape) for name, stored in known.items()} == contents:
             text = header_was.encode()
-            end = 8 + len(text) + sum(stored.nbytes for stored in known.values())
+            end = _end(path, known, 8 + len(text))
             return Layout(len(text).to_bytes(8, "little") + text, known, end)
     names = sorted(contents, key=lambda name: (_ORDER.index(contents[name][0]), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

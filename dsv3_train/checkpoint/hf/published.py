@@ -145,22 +145,33 @@ def _weight_map(path: Path) -> dict[str, str] | None:
             return None
         hint = "; this reads safetensors only, pickled .bin files can run code" if any(path.glob("*.bin")) else ""
         raise UserError(f"{path}: neither {INDEX} nor {SINGLE}{hint}")
+    return read_index(file)["weight_map"]
+
+
+def read_index(file: Path) -> dict[str, Any]:
+    """An index of safetensors files, whose `weight_map` names files of the same directory.
+
+    Raises:
+        UserError: it cannot be read, or is something else.
+    """
     try:
-        weight_map = json.loads(regular.read(file, LARGEST_JSON).decode("utf-8"))["weight_map"]
-        names = set(weight_map.values())
+        index = json.loads(regular.read(file, LARGEST_JSON).decode("utf-8"))
+        names = set(index["weight_map"].values())
+        if not isinstance(index.get("metadata", {}), dict):
+            raise ValueError("metadata is no object")
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; fetch it again") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: no index of safetensors files ({error}); fetch it again") from None
     strange = sorted(str(name) for name in names if not _is_name(name))
     if strange:
-        raise UserError(f"{file}: names {strange[0]!r}, which is no file of this directory")
-    return weight_map
+        raise UserError(f"{file}: names {strange[0]!r}, which is no safetensors file of this directory")
+    return index
 
 
 def _is_name(name: Any) -> bool:
-    """Whether it is a file's in this directory."""
-    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+    """Whether it is a safetensors file's in this directory."""
+    if not isinstance(name, str) or not name.endswith(".safetensors") or "/" in name or "\0" in name:
         return False
     try:
         return len(name.encode()) <= _LONGEST_NAME
