@@ -42,6 +42,7 @@ from dsv3_train.checkpoint.hf.inspect import inspect
 from dsv3_train.checkpoint.hf.verify import open_weights, verify
 from dsv3_train.errors import UserError
 
+DIRECTORY, CHECKPOINT = "directory", "checkpoint"
 SECONDS, MEMORY = 60, 2 << 30
 OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 SIZES = {
@@ -402,8 +403,10 @@ def refused(error: UserError, *targets: Path) -> None:
         raise Wrong(f"a refusal leaves something unfinished: {error}")
 
 
-def run(inputs: int, seed: int, folder: Path, keep: Path | None = None) -> tuple[Counter[str], list[str]]:
-    """Try so many; what came of them, and what went wrong."""
+def run(
+    inputs: int, seed: int, folder: Path, keep: Path | None = None, kinds: tuple[str, ...] = (DIRECTORY, CHECKPOINT)
+) -> tuple[Counter[str], list[str]]:
+    """Try so many of these kinds; what came of them, and what went wrong."""
     came, wrong = Counter[str](), []
     bases = [(folder / f"base{number}", folder / f"run{number}") for number in range(3)]
     for number, ((base, converted), (fp8, shards)) in enumerate(
@@ -423,7 +426,7 @@ def run(inputs: int, seed: int, folder: Path, keep: Path | None = None) -> tuple
             place_.mkdir()
             signal.alarm(SECONDS)
             try:
-                if draw.random() < 0.6:
+                if draw.choices(kinds, [3, 2][: len(kinds)])[0] == DIRECTORY:
                     came[one_directory(draw, base, place_)] += 1
                 else:
                     came[one_checkpoint(draw, converted, base, place_)] += 1

@@ -80,5 +80,12 @@ def _sharded(path: Path, checksums: bool) -> dict[str, Any]:
         "training_state": len(checkpoint.tensors) - len(weights),
         "missing": missing,
         "surplus": surplus,
-        "problems": [*dict.fromkeys(run.wrong_shapes(checkpoint, recipe)), *(faults(path) if checksums else ())],
+        "problems": [*dict.fromkeys(run.wrong_shapes(checkpoint, recipe)), *(_faults(path) if checksums else ())],
     }
+
+
+def _faults(path: Path) -> list[str]:
+    try:
+        return list(faults(path))
+    except OSError as error:
+        return [f"{error.filename or path}: {error.strerror}"]

@@ -220,7 +220,7 @@ def find(checkpoint: Path) -> Origin | None:
     """
     run_dir = checkpoint.parent.parent
     for _ in range(_DEEPEST):
-        if (run_dir / FOLDER / _TENSORS).is_file():
+        if os.path.lexists(run_dir / FOLDER):
             return _kept(run_dir / FOLDER)
         recipe_file = run_dir / "recipe.yaml"
         begun = load(str(recipe_file)).checkpoint.load if recipe_file.is_file() else None
@@ -245,7 +245,7 @@ def carry(begun: Path, run_dir: Path) -> None:
         OSError: the run directory cannot be written.
     """
     came_from = find(begun)
-    if came_from is None or not (came_from.folder / _TENSORS).is_file():
+    if came_from is None or not os.path.lexists(came_from.folder / _TENSORS):  # or a directory's files as they are
         _refuse_foreign(run_dir / FOLDER)
         shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
     elif came_from.folder.resolve() != (run_dir / FOLDER).resolve():

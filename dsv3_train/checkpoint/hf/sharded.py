@@ -64,12 +64,14 @@ class Checkpoint:
         metadata = contents.read(path)
         try:
             self.manifest = checksums.read(path)
+            # What is read whole is checked at once, the rest by its size (and by content in hf/checks.py).
+            for name, entry in sorted((self.manifest or {}).items()):
+                if fault := checksums.fault_of(path / name, entry, size_alone=name.endswith(_VALUES)):
+                    raise UserError(f"{path}: the checkpoint is damaged ({fault}); take another")
         except ValueError as error:
             raise UserError(f"{path / checksums.NAME}: {error}; take another checkpoint") from None
-        # What is read whole is checked at once, the rest by its size (and by content in hf/checks.py).
-        for name, entry in sorted((self.manifest or {}).items()):
-            if fault := checksums.fault_of(path / name, entry, size_alone=name.endswith(_VALUES)):
-                raise UserError(f"{path}: the checkpoint is damaged ({fault}); take another")
+        except OSError as error:
+            raise UserError(f"{error.filename or path}: {error.strerror}; take another checkpoint") from None
         places: dict[tuple, _StorageInfo] = {
             (index.fqn, tuple(index.offset)): info
             for index, info in metadata.storage_data.items()
