@@ -309,9 +309,9 @@ def test_a_folder_of_somebody_else_beside_a_run_stays(tmp_path):
             pass
 
     refused(renew, "hf: is in the way")
-    step = tmp_path / "checkpoints" / "step_00000001"
-    step.mkdir(parents=True)
-    refused(lambda: origin.carry(step, tmp_path), "hf: is in the way")
+    begun = tmp_path / "other" / "checkpoints" / "step_00000001"
+    begun.mkdir(parents=True)
+    refused(lambda: origin.carry(begun, tmp_path), "hf: is in the way")
     assert (tmp_path / "hf" / "thesis.txt").exists()
 
 

@@ -238,7 +238,7 @@ def test_damaged_checkpoints(run, tmp_path):
         assert "__2_0.distcp" in str(error.value)
         assert part in str(error.value)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
-        sharded.open_checkpoint.cache_clear()
+        sharded._open.cache_clear()
 
 
 def test_without_checksums(run, tmp_path):

@@ -12,6 +12,7 @@ leaves the process with more than 2 GiB.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -228,7 +229,7 @@ def damage_json(draw: random.Random, text: str) -> str:
         elif isinstance(where[key], int) and draw.random() < 0.5:
             where[key] += draw.choice([1, -1, 128, 10**9, 10**8, -(10**9), 1 << 63])
         else:
-            where[key] = draw.choice(NASTY)
+            where[key] = copy.deepcopy(draw.choice(NASTY))
         if not value:
             break
     return json.dumps(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -261,9 +262,20 @@ def _named(path: Path, what: str) -> Iterator[None]:
         raise UserError(f"{path}: {what} damaged ({reason[:300]}); take another checkpoint") from None
 
 
+@functools.lru_cache(maxsize=8)
+def _check_table(path: Path, changed: tuple[int, int, int]) -> None:
+    """Once: of a run on thousands of GPUs it takes seconds."""
+    contents.read(path)
+
+
 def _common(path: Path) -> dict[str, Any]:
     """See checkpoint/common.py; after a look at the table of contents, which torch would run."""
-    contents.read(path)
+    try:
+        table = (path / contents.NAME).stat()
+    except OSError:
+        contents.read(path)  # says so
+    else:
+        _check_table(path, (table.st_ino, table.st_size, table.st_mtime_ns))
     # torch's planner reads the small objects of a checkpoint with weights_only=False; this overrules it.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     return common.read(path)

@@ -119,9 +119,17 @@ class Checkpoint:
         return out
 
 
-@functools.lru_cache(maxsize=4)
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`; one that this process has open already is not read again."""
+    """The checkpoint at `path`; one that this process has open already, and that has not changed, is not read again."""
+    try:
+        table = (path / contents.NAME).stat()
+    except OSError:
+        return Checkpoint(path)  # says why
+    return _open(path, (table.st_ino, table.st_size, table.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=4)
+def _open(path: Path, changed: tuple[int, int, int]) -> Checkpoint:
     return Checkpoint(path)
 
 

@@ -332,15 +332,18 @@ def _write_others(plan: Plan, where: Path) -> None:
         plan.tokenizer.write(where)
     if not plan.verbatim:
         config = language.whole(plan.origin.whole_config, plan.config) if plan.origin else plan.config
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (where / "config.json").write_text(text, encoding="utf-8")
+        try:
+            text = json.dumps(config, indent=2, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON has in ASCII alone
+            text = json.dumps(config, indent=2).encode()
+        (where / "config.json").write_bytes(text + b"\n")
     if plan.index is None:
         return
     if plan.origin is not None and plan.index == plan.origin.index:
         (where / INDEX).write_bytes(regular.contents(plan.origin.folder / INDEX))
     else:
-        text = json.dumps(plan.index, indent=2, sort_keys=True) + "\n"
-        (where / INDEX).write_text(text, encoding="utf-8")
+        index = json.dumps(plan.index, indent=2, sort_keys=True) + "\n"
+        (where / INDEX).write_text(index, encoding="utf-8")
 
 
 def write_file(

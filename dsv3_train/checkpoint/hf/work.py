@@ -84,12 +84,9 @@ def unfinished(target: Path, plan: Any, ours: Callable[[str], bool]) -> Iterator
         try:
             _same_plan(where, hashlib.sha256(repr(plan).encode()).hexdigest())
             yield where
-            shutil.rmtree(where / _RECORDS)
-            held.lock.close()  # NFS keeps what is open
-            (where / _LOCK).unlink()
             whole.sync_below(where)
+            shutil.rmtree(where / _RECORDS)
             where.rename(target)
-            whole.sync(target.parent)
         except OtherPlan:
             raise
         except BaseException as error:
@@ -101,6 +98,9 @@ def unfinished(target: Path, plan: Any, ours: Callable[[str], bool]) -> Iterator
             if told is None or told is error:
                 raise
             raise told from None
+    # Last, and closed: without it TARGET.unfinished would not be ours, and NFS keeps what is open.
+    (target / _LOCK).unlink()
+    whole.sync(target.parent)
 
 
 class OtherPlan(UserError):
