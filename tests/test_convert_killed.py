@@ -52,6 +52,7 @@ def killed_before(number: int, work) -> bool:
     return process.exitcode != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["in", "out"])
 def test_killed_at_every_name(bases, tmp_path, way):
     def work(target: Path) -> None:
@@ -71,4 +72,4 @@ def test_killed_at_every_name(bases, tmp_path, way):
         for left in tmp_path.iterdir():
             shutil.rmtree(left)
         number += 1
-    assert number > 10
+    assert number >= 10

@@ -157,7 +157,7 @@ def read_index(file: Path) -> dict[str, Any]:
     try:
         index = json.loads(regular.read(file, LARGEST_JSON).decode("utf-8"))
         names = set(index["weight_map"].values())
-        if not isinstance(index.get("metadata", {}), dict):
+        if not isinstance(index.get("metadata"), (dict, type(None))):
             raise ValueError("metadata is no object")
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; fetch it again") from None

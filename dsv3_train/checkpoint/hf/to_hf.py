@@ -246,7 +246,7 @@ def _placed(
         weight_map = {name: index["weight_map"][name] for name in described}
         if came_from is not None and came_from.nbytes == total:
             return weight_map, index  # whatever it says of sizes, or nothing
-        metadata = {**index.get("metadata", {}), "total_size": total}
+        metadata = {**(index.get("metadata") or {}), "total_size": total}
         return weight_map, {**index, "metadata": metadata}
     groups: list[list[str]] = []
     size = _LARGEST_FILE
