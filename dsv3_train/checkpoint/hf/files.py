@@ -42,8 +42,8 @@ DTYPES = {
 PACKED = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 """Bits of the format's types that are narrower than a byte: named in a header, never read."""
 _LARGEST_HEADER = 16 << 20
-"""Bytes. The library's own bound is 100 MB, of which hostile JSON takes 3 GiB and minutes; DeepSeek-V3's 92,000 tensors in
-one file would take 10 MB."""
+"""Bytes. The library's own bound is 100 MB, which hostile JSON makes gigabytes and minutes of; DeepSeek-V3's 92,000
+tensors in one file would take 10 MB."""
 _ORDER = tuple(DTYPES)
 
 
