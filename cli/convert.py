@@ -138,9 +138,14 @@ def verify(
 @app.command()
 def inspect(
     path: Annotated[str, typer.Argument(help="A Hugging Face directory, a run directory or a checkpoint.")],
+    checksums: Annotated[
+        bool, typer.Option(help="Read a checkpoint's files for the checksums that it keeps; without, headers alone.")
+    ] = True,
     as_json: _AsJson = False,
 ) -> None:
-    """Count tensors, values, types and bytes; say what is missing, surplus or damaged. Reads headers only.
+    """Count tensors, values, types and bytes; say what is missing, surplus or damaged.
+
+    Of a Hugging Face directory it reads headers only: that has no checksums.
 
     Example: dsv3 convert inspect models/DeepSeek-V3
     """
@@ -148,7 +153,7 @@ def inspect(
 
     from dsv3_train.checkpoint.hf.inspect import inspect as look
 
-    found = look(Path(path))
+    found = look(Path(path), checksums)
     _print(found, as_json, "Holds")
     if found["problems"]:
         raise typer.Exit(2)
@@ -158,7 +163,7 @@ def _notes(notes: list[str]) -> None:
     from rich.console import Console
 
     for note in notes:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(note, markup=False)
+        Console(stderr=True, soft_wrap=True, highlight=False).print(_one_line(note), markup=False)
 
 
 def _print(found: dict[str, Any], as_json: bool, what: str) -> None:
@@ -171,10 +176,17 @@ def _print(found: dict[str, Any], as_json: bool, what: str) -> None:
     print(what)
     for key, value in found.items():
         if isinstance(value, list):
-            shown = "".join(f"\n    {item}" for item in value[:10])
+            shown = "".join(f"\n    {_one_line(item)}" for item in value[:10])
             more = f"\n    ... and {len(value) - 10:,} more" if len(value) > 10 else ""
             print(f"  {key}: {len(value):,}{shown}{more}")
         elif isinstance(value, dict):
-            print(f"  {key}: {', '.join(f'{name} {count}' for name, count in value.items())}")
+            print(f"  {key}: {_one_line(', '.join(f'{name} {count}' for name, count in value.items()))}")
         else:
-            print(f"  {key}: {value:,}" if isinstance(value, int) else f"  {key}: {value}")
+            print(f"  {key}: {value:,}" if isinstance(value, int) else f"  {key}: {_one_line(value)}")
+
+
+def _one_line(value: Any) -> str:
+    """A file's or tensor's name for a terminal, which it can neither command nor pass a line of its own off with."""
+    from dsv3_train.errors import printable
+
+    return printable(str(value)).replace("\n", "\\n").replace("\t", "\\t")

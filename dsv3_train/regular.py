@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import IO
 
 from dsv3_train.errors import UserError
 
@@ -28,16 +29,39 @@ def contents(path: Path) -> bytes:
         if not _belongs(real, Path(os.path.realpath(path.parent))):
             raise UserError(f"{path}: a link out of its directory, to {real}; put a copy of the file in its place")
     try:
-        # A pipe would wait for a writer; a link put in its place meanwhile is not followed.
-        descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise UserError(f"{path}: no regular file; remove it, or put a copy of the file in its place")
-            found = file.read(LARGEST + 1)
+        return read(real, flags=os.O_NOFOLLOW, name=path)  # nor a link put in its place meanwhile
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; fetch it again, or put a copy of the file in its place") from None
-    if len(found) > LARGEST:
-        raise UserError(f"{path}: more than {LARGEST:,} bytes, which no file beside the weights has; copy it yourself")
+
+
+def opened(path: Path, flags: int = 0, name: Path | None = None) -> IO[bytes]:
+    """A regular file, open for reading; a link is followed to one.
+
+    Args:
+        flags: of `os.open`, besides.
+        name: for messages, where it is not `path`.
+
+    Raises:
+        UserError: a directory, a pipe or a device.
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)  # a pipe would wait for a writer
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{name or path}: no regular file; remove it, or put a copy of the file in its place")
+    return open(descriptor, "rb")
+
+
+def read(path: Path, largest: int = LARGEST, flags: int = 0, name: Path | None = None) -> bytes:
+    """The bytes of a regular file. Arguments and errors as of `opened`.
+
+    Raises:
+        UserError: larger than `largest`, too.
+    """
+    with opened(path, flags, name) as file:
+        found = file.read(largest + 1)
+    if len(found) > largest:
+        raise UserError(f"{name or path}: more than {largest:,} bytes, which no such file has; put the right one there")
     return found
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 
 import hf_models
 from dsv3_train.checkpoint.directory import resolve
-from dsv3_train.checkpoint.hf import from_hf, inspect, sharded, to_hf, work
+from dsv3_train.checkpoint.hf import checks, from_hf, inspect, sharded, to_hf, verify, work
 from dsv3_train.errors import UserError
 
 pytest.importorskip("transformers")
@@ -226,7 +228,8 @@ def run(good, tmp_path, monkeypatch) -> Path:
 def test_damaged_checkpoints(run, tmp_path):
     file = resolve(run) / "__2_0.distcp"
     whole = file.read_bytes()
-    for data, part in ((whole[:-10], "cut short"), (b"\0" * len(whole), "damaged at byte"), (None, "missing")):
+    flipped = whole[:3000] + bytes([whole[3000] ^ 0x40]) + whole[3001:]
+    for data, part in ((whole[:-10], "cut short"), (flipped, "its SHA-256 is not the one"), (None, "missing")):
         file.unlink()
         if data is not None:
             file.write_bytes(data)
@@ -235,7 +238,46 @@ def test_damaged_checkpoints(run, tmp_path):
         assert "__2_0.distcp" in str(error.value)
         assert part in str(error.value)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
-        sharded.open_checkpoint.cache_clear()
+        sharded._open.cache_clear()
+
+
+def test_without_checksums(run, tmp_path):
+    """Of a checkpoint that was written before there were any, what is no archive any more is seen; the rest is said."""
+    file = resolve(run) / "__2_0.distcp"
+    (resolve(run) / "manifest.json").unlink()
+    assert "manifest.json, so values that have changed" in to_hf.make_plan(resolve(run), None, None).notes[-1]
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(UserError, match="damaged at byte"):
+        to_hf.convert(to_hf.make_plan(resolve(run), None, None), tmp_path / "out", 1, quiet)
+
+
+def test_a_bit_that_changed_is_seen_by_all(run, good, tmp_path):
+    """Values that are still numbers: by an export, a comparison and a look at the checkpoint; by no look at headers."""
+    file = resolve(run) / "__2_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x55
+    file.write_bytes(data)
+    said = "__2_0.distcp: its SHA-256 is not the one of what was written"
+    with pytest.raises(UserError, match=said):
+        to_hf.convert(to_hf.make_plan(resolve(run), None, None), tmp_path / "out", 1, quiet)
+    assert not (tmp_path / "out").exists()
+    for pair in ((run, good), (good, run), (run, run)):
+        with pytest.raises(UserError, match=said):
+            verify.verify(*map(verify.open_weights, pair), 1, quiet)
+    assert inspect.inspect(run)["problems"] == [said]
+    assert inspect.inspect(run, checksums=False)["problems"] == []
+
+
+def test_each_file_is_read_once_for_its_checksum(run, tmp_path, monkeypatch):
+    """And before the first file that is made of it."""
+    read: list[str] = []
+    plain = checks.check
+    monkeypatch.setattr(
+        checks, "check", lambda where, file, *entry: read.append(Path(file).name) or plain("", file, *entry)
+    )
+    to_hf.convert(to_hf.make_plan(resolve(run), None, None), tmp_path / "out", 1, quiet)
+    names = {file.name for file in resolve(run).iterdir()} - {"manifest.json"}
+    assert sorted(read) == sorted(names)
 
 
 def test_nan_in_a_checkpoint(run, tmp_path):
@@ -247,6 +289,7 @@ def test_nan_in_a_checkpoint(run, tmp_path):
     data = file.read_bytes()
     place = data.index(values.view(torch.uint8).numpy().tobytes(), tensor.chunks[0].begin)
     values[3] = float("nan")
+    (resolve(run) / "manifest.json").unlink()  # as one that was written before there were any
     file.write_bytes(data[:place] + values.view(torch.uint8).numpy().tobytes() + data[place + values.nbytes :])
     with pytest.raises(UserError, match=r"decoder\.final_layernorm\.weight: has values that are not finite"):
         to_hf.convert(to_hf.make_plan(resolve(run), None, None), tmp_path / "out", 1, quiet)
@@ -260,25 +303,58 @@ def test_full_disk(good, tmp_path, monkeypatch):
     """The third file meets a full disk: what is whole stays, and the next run ends the work."""
     monkeypatch.setattr(from_hf, "_SMALLEST_FILE", 1 << 17)
     checkpoint = tmp_path / "run.unfinished" / "checkpoints" / "step_00000000"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "__2_0.distcp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="run again, it goes on") as error:
+    with full_at(2, from_hf), pytest.raises(UserError, match="run again, it goes on") as error:
         convert(good, tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
     first = (checkpoint / "__0_0.distcp").stat().st_mtime_ns
-    (checkpoint / "__2_0.distcp").unlink()
     convert(good, tmp_path / "run")
     assert (resolve(tmp_path / "run") / "__0_0.distcp").stat().st_mtime_ns == first
     assert not checkpoint.exists()
-    (tmp_path / "out.unfinished").mkdir()
-    (tmp_path / "out.unfinished" / f"{shard(good).name}.part").symlink_to("/dev/full")
     plan = to_hf.make_plan(resolve(tmp_path / "run"), None, None)
-    with pytest.raises(UserError, match="run again, it goes on"):
+    with full_at(1, to_hf), pytest.raises(UserError, match="run again, it goes on"):
         to_hf.convert(plan, tmp_path / "out", 1, quiet)
-    (tmp_path / "out.unfinished" / f"{shard(good).name}.part").unlink()
     to_hf.convert(plan, tmp_path / "out", 1, quiet)
     assert hf_models.tensors(tmp_path / "out").keys() == hf_models.tensors(good).keys()
+
+
+@contextlib.contextmanager
+def full_at(number: int, module) -> Iterator[None]:
+    """The disk is full when a conversion writes its file `number`."""
+    plain, written = module.write_file, []
+
+    def write_file(*task):
+        if len(written) == number:
+            Path("/dev/full").write_text("x")
+        written.append(task)
+        return plain(*task)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "write_file", write_file)
+        yield
+
+
+@pytest.mark.parametrize("what", ["notes.txt", "checkpoints/notes.txt", "a link to a directory"])
+@pytest.mark.parametrize("ours", [True, False])
+def test_what_is_not_ours_stays(good, tmp_path, monkeypatch, what, ours):
+    """In TARGET.unfinished: neither taken into the target, nor deleted after a fault of the input."""
+    unfinished, elsewhere = tmp_path / "run.unfinished", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "thesis.txt").write_text("years of work")
+    if ours:
+        monkeypatch.setattr(from_hf, "_SMALLEST_FILE", 1 << 17)
+        killed_at(2, from_hf, good, tmp_path / "run")
+    if "link" in what:
+        if ours:
+            unfinished.rename(tmp_path / "there")
+        unfinished.symlink_to(tmp_path / "there" if ours else elsewhere)
+    else:
+        (unfinished / what).parent.mkdir(parents=True, exist_ok=True)
+        (unfinished / what).write_text("years of work")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="move it away, or choose another target"):
+        convert(good, tmp_path / "run")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_too_little_room(good, tmp_path, monkeypatch):
@@ -345,9 +421,12 @@ def die(where: str, number: int) -> int:
 
 
 def test_a_killed_worker(tmp_path):
-    units = [work.Unit(i, 1, (i,)) for i in range(2)]
-    with pytest.raises(UserError, match="a worker was killed"), work.unfinished(tmp_path / "run", "plan") as where:
-        work.run(where, die, units, 2, quiet, "converting")
+    units = [work.Unit(i, 1, die, (i,)) for i in range(2)]
+    with (
+        pytest.raises(UserError, match="a worker was killed"),
+        work.unfinished(tmp_path / "run", "plan", lambda _: True) as where,
+    ):
+        work.run(where, units, 2, quiet, "converting")
     assert not (tmp_path / "run").exists()
 
 

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
+from dsv3_train import regular
+from dsv3_train.errors import UserError
 from dsv3_train.runtime import heartbeat
 
 NAME = "manifest.json"
 _CHUNK = 1 << 22
 Sums = dict[str, tuple[int, str]]
 """File name -> (bytes, SHA-256)."""
+_LARGEST, _LONGEST_NAME = 64 << 20, 255
+
+
+_READER = TypeAdapter(Sums)
 
 
 def sums(files: Iterable[Path]) -> Sums:
@@ -22,7 +31,7 @@ def sums(files: Iterable[Path]) -> Sums:
 
 def _sha256(file: Path) -> str:
     digest = hashlib.sha256()
-    with file.open("rb") as stream:
+    with regular.opened(file) as stream:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
@@ -38,20 +47,23 @@ def read(directory: Path) -> Sums | None:
 
     Raises:
         ValueError: what is there is no manifest.
+        OSError: it cannot be read.
     """
     path = directory / NAME
-    if not path.is_file():
-        return None
     try:
-        return {
-            name: (int(size), str(digest)) for name, (size, digest) in json.loads(path.read_text())["sha256"].items()
-        }
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise ValueError(f"not a manifest ({error})") from None
+        found = _READER.validate_python(json.loads(regular.read(path, _LARGEST))["sha256"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, UserError, RecursionError) as error:  # pydantic's is a ValueError
+        raise ValueError(f"not a manifest ({' '.join(str(error).split())})") from None
+    for name in found:
+        if Path(name).name != name or len(os.fsencode(name)) > _LONGEST_NAME:
+            raise ValueError(f"not a manifest ({name!r} is no file of the checkpoint)")
+    return found
 
 
-def fault(directory: Path, share: tuple[int, int] = (0, 1), demanded: bool = False) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None: all of this share is as it was written.
+def faults(directory: Path, share: tuple[int, int] = (0, 1), demanded: bool = False) -> Iterator[str]:
+    """What is wrong with a checkpoint, file by file; nothing: all of this share is as it was written.
 
     Args:
         share: (rank, ranks): the files are divided among them, for reading takes as long as loading.
@@ -63,18 +75,40 @@ def fault(directory: Path, share: tuple[int, int] = (0, 1), demanded: bool = Fal
     try:
         known = read(directory)
     except ValueError as error:
-        return f"{NAME}: {error}"
+        yield f"{NAME}: {error}"
+        return
     if known is None and demanded:
-        return f"{NAME}: missing"
+        yield f"{NAME}: missing"
     rank, ranks = share
-    for name, (size, digest) in sorted((known or {}).items())[rank::ranks]:
-        file = directory / name
+    for name, entry in sorted((known or {}).items())[rank::ranks]:
         heartbeat.mark(f"verification of {directory.name}")
-        try:
-            if file.stat().st_size != size:
-                return f"{name}: {file.stat().st_size} bytes, {size} were written"
-            if _sha256(file) != digest:
-                return f"{name}: its SHA-256 is not the one of what was written"
-        except FileNotFoundError:
-            return f"{name}: missing"
+        if found := fault_of(directory / name, entry):
+            yield found
+
+
+def fault(directory: Path, share: tuple[int, int] = (0, 1), demanded: bool = False) -> str | None:
+    """The first of `faults`; None: there is none."""
+    return next(faults(directory, share, demanded), None)
+
+
+def fault_of(file: Path, entry: tuple[int, str], size_alone: bool = False) -> str | None:
+    """What is wrong with one file, naming it.
+
+    Args:
+        entry: its bytes and SHA-256 as written.
+        size_alone: whether to look at its size, and to read nothing.
+
+    Raises:
+        OSError: it cannot be read here.
+    """
+    size, digest = entry
+    try:
+        if (now := file.stat().st_size) != size:
+            return f"{file.name}: {now} bytes, {size} were written"
+        if not size_alone and _sha256(file) != digest:
+            return f"{file.name}: its SHA-256 is not the one of what was written"
+    except FileNotFoundError:
+        return f"{file.name}: missing"
+    except UserError:
+        return f"{file.name}: no regular file"
     return None

@@ -1,12 +1,12 @@
-"""Where checkpoints lie, which is the newest, and whether one is safe to read. No torch here."""
+"""Where checkpoints lie, and which is the newest. No torch here."""
 
 from __future__ import annotations
 
-import pickle
 import re
 import shutil
 from pathlib import Path
 
+from dsv3_train import whole
 from dsv3_train.errors import UserError
 
 _STEP = re.compile(r"step_(\d{8,})")
@@ -46,7 +46,7 @@ def resolve(path: Path) -> Path:
 
 def damaged(root: Path) -> list[Path]:
     """What `set_aside` left under `root`, newest first."""
-    return sorted(root.glob(f"step_*{DAMAGED}"), reverse=True)
+    return sorted(_left(root, DAMAGED), reverse=True)
 
 
 def set_aside(path: Path) -> None:
@@ -74,23 +74,37 @@ def prune(root: Path, keep_last: int) -> None:
 
 def sweep(root: Path) -> None:
     """Delete what saves and deletions left that were cut short. Not while a save is under way."""
-    for left in root.glob(f"step_*{_REPLACED}"):
+    for left in _left(root, _REPLACED):
         path = left.with_name(left.name.removesuffix(_REPLACED))
         if path.exists():
             shutil.rmtree(left, ignore_errors=True)
         else:  # `finish` had not yet given its successor the name
             left.rename(path)
-    for left in root.glob(f"step_*{UNFINISHED}"):
+    for left in _left(root, UNFINISHED):
         shutil.rmtree(left, ignore_errors=True)
 
 
+def _left(root: Path, suffix: str) -> list[Path]:
+    """What has the name of a checkpoint and `suffix`; folders of other names are somebody else's."""
+    if not root.is_dir():
+        return []
+    return [path for path in root.iterdir() if re.fullmatch(_STEP.pattern + re.escape(suffix), path.name)]
+
+
 def finish(unfinished: Path, path: Path) -> None:
-    """Give what is written its name, in place of one of the same step: the run resumed from an earlier one."""
+    """Give what is written its name, in place of one of the same step: the run resumed from an earlier one.
+
+    Files that were written are on the disk itself; here their names are put there, and the new name after them: a power
+    loss leaves the old one or the new one.
+    """
+    whole.sync(unfinished)
     replaced = path.with_name(path.name + _REPLACED)
     if path.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         path.rename(replaced)
     unfinished.rename(path)
+    for above in (path.parent, path.parent.parent):
+        whole.sync(above)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -98,51 +112,5 @@ def _delete(path: Path) -> None:
     doomed = path.with_name(path.name + UNFINISHED)  # renamed first: half a checkpoint is never taken for one
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
+    whole.sync(path.parent)
     shutil.rmtree(doomed)
-
-
-_CHECKPOINT = "torch.distributed.checkpoint"
-_ALLOWED = {
-    f"{_CHECKPOINT}.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    f"{_CHECKPOINT}.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
-    f"{_CHECKPOINT}.filesystem": {"_StorageInfo"},
-    "torch": {"Size", "bfloat16", "float32", "float16", "uint8", "int16", "int32", "int64", "bool"},
-    "torch.serialization": {"_get_layout"},
-}
-"""Every name in the table of contents of a checkpoint: plain records, types and enumerations."""
-
-
-class _ContentsUnpickler(pickle.Unpickler):
-    """Refuses every name but those of `_ALLOWED`."""
-
-    def find_class(self, module: str, name: str):
-        if name not in _ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module, name)
-
-
-def check_safe(path: Path) -> None:
-    """Refuse a checkpoint whose `.metadata` could run code when torch unpickles it.
-
-    torch's reader takes that file with a plain `pickle.load`; all else it reads with `weights_only`.
-
-    Raises:
-        UserError: a foreign name in the file, or a file that is no pickle.
-    """
-    file = path / ".metadata"
-    try:
-        with file.open("rb") as stream:
-            _ContentsUnpickler(stream).load()
-    except FileNotFoundError:
-        raise UserError(f"{path}: the checkpoint has no .metadata; it is damaged, take another") from None
-    except Exception as error:
-        raise UserError(f"{file}: not a checkpoint's table of contents ({error}); refused") from None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -17,8 +19,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dsv3_train.checkpoint import checksums
-from dsv3_train.checkpoint.directory import DAMAGED, check_safe, complete, damaged, set_aside, sweep
+from dsv3_train.checkpoint import checksums, common, contents
+from dsv3_train.checkpoint.directory import DAMAGED, complete, damaged, set_aside, sweep
 from dsv3_train.checkpoint.sharing import ReadOnce
 from dsv3_train.checkpoint.state import (
     Guarded,
@@ -166,19 +168,20 @@ def load_training(
     Raises:
         UserError: not a checkpoint, damaged, or of another model or tokenizer.
     """
-    common = _common(path)
-    refuse_other(common.get(TOKENIZER), tokenizer, path)
+    small = _common(path)
+    refuse_other(small.get(TOKENIZER), tokenizer, path)
     # On one node the others find in memory what one has read.
     once = recipe.parallel.world_size > recipe.parallel.gpus_per_node
-    if "optimizer" not in common:  # weights alone, as `dsv3 convert from-hf` leaves them
+    if "optimizer" not in small:  # weights alone, as `dsv3 convert from-hf` leaves them
         refuse_rounded_masters(recipe, path)
         load_weights(path, chunks, once)
         return Position(), Guarded(), begin_from_weights(optimizer, ema)
     notes = []
-    same_layout = common["topology"] == topology(recipe)
+    same_layout = small["topology"] == topology(recipe)
     state = training_state(
         recipe, Position(), Guarded(), chunks, optimizer, ema, loading=True, with_random_state=same_layout
     )
+    common.refuse_unlike(path, small["optimizer"], state["optimizer"])
     saved = dist_checkpointing.load_tensors_metadata(str(path))
     if ema is not None and not any(key.startswith("ema.") for key in saved):
         del state["ema"]
@@ -186,7 +189,8 @@ def load_training(
     loaded = _load(path, state, saved, once)
     set_model_state(chunks, loaded)
     settings = [{name: group[name] for name in ("betas", "eps")} for group in optimizer.param_groups]
-    optimizer.load_state_dict(loaded["optimizer"])
+    with _named(path, "settings of its optimizers are"):
+        optimizer.load_state_dict(loaded["optimizer"])
     for group, own in zip(optimizer.param_groups, settings, strict=True):  # the recipe's, not the checkpoint's
         group.update(own)
     if "ema" in loaded and ema is not None:
@@ -194,7 +198,8 @@ def load_training(
     elif ema is not None:
         ema.restart()
     if same_layout:
-        set_random_state(loaded["random"])
+        with _named(path, "the state of its random number generators is"):
+            set_random_state(loaded["random"])
     if recipe.precision.fp8 == "delayed":
         notes.append("precision.fp8=delayed: checkpoints do not hold its scales, which begin anew")
     return Position(**loaded["position"]), Guarded(**loaded.get("guarded", {})), notes
@@ -238,21 +243,42 @@ def load_weights(path: Path, chunks: list[GPTModel], once: bool = False, tokeniz
         UserError: not a checkpoint, damaged, or of another model or tokenizer.
     """
     refuse_damaged(path)
-    common = _common(path)
-    refuse_other(common.get(TOKENIZER), tokenizer, path)
+    small = _common(path)
+    refuse_other(small.get(TOKENIZER), tokenizer, path)
     loaded = _load(path, dict(model_state(chunks)), dist_checkpointing.load_tensors_metadata(str(path)), once)
     set_model_state(chunks, loaded)
-    return Position(**common["position"])
+    return Position(**small["position"])
+
+
+@contextlib.contextmanager
+def _named(path: Path, what: str) -> Iterator[None]:
+    """What a library raises over a part of a checkpoint, as that checkpoint's fault."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{path}: {what} damaged ({reason[:300]}); take another checkpoint") from None
+
+
+@functools.lru_cache(maxsize=8)
+def _check_table(path: Path, changed: tuple[int, int, int]) -> None:
+    """Once: of a run on thousands of GPUs it takes seconds."""
+    contents.read(path)
 
 
 def _common(path: Path) -> dict[str, Any]:
-    check_safe(path)
+    """See checkpoint/common.py; after a look at the table of contents, which torch would run."""
+    try:
+        table = (path / contents.NAME).stat()
+    except OSError:
+        contents.read(path)  # says so
+    else:
+        _check_table(path, (table.st_ino, table.st_size, table.st_mtime_ns))
     # torch's planner reads the small objects of a checkpoint with weights_only=False; this overrules it.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    try:
-        return dist_checkpointing.load_common_state_dict(str(path))
-    except Exception as error:
-        raise UserError(f"{path}/common.pt: cannot be read ({type(error).__name__}: {error})") from None
+    return common.read(path)
 
 
 def _load(path: Path, state: dict, saved: dict[str, ShardedTensor], once: bool) -> dict:

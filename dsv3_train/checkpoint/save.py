@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
+from dsv3_train import whole
 from dsv3_train.checkpoint import checksums
 from dsv3_train.checkpoint.directory import UNFINISHED, finish, prune, step_path
 from dsv3_train.checkpoint.sharing import WriteShares
@@ -80,6 +81,15 @@ class _Save:
     process: multiprocessing.process.BaseProcess
     pipe: Connection
     written: _Written | None = None
+    gathered: bool = False
+    """Rank 0 knows what all ranks have written."""
+    closing: Future | None = None
+    """On rank 0, in a thread: what has to be on the disk itself before the checkpoint has its name."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether this rank has something to do that is not done."""
+        return self.written is None or (self.closing is not None and not self.closing.done())
 
 
 class CheckpointWriter:
@@ -105,7 +115,7 @@ class CheckpointWriter:
         self._saved = saved  # told on rank 0 when a checkpoint is whole, and for how many seconds training stood still
         self._failed = failed  # told on every rank the step and the reason
         self._save: _Save | None = None
-        self._cleaner = ThreadPoolExecutor(1)  # deleting takes a file system seconds
+        self._cleaner = ThreadPoolExecutor(1)  # deleting takes a file system seconds, and to be sure of a name
         self._cleaning: tuple[int, Future] | None = None  # after the save of this step; on rank 0
         self._whole = True
         self._stood_still, self._began = 0.0, 0.0
@@ -142,7 +152,7 @@ class CheckpointWriter:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir(parents=True)
             except OSError as reason:
-                error = _in_words(reason)
+                error = _in_words(reason, unfinished)
         if self._any_failed(step, error):
             return
         sharded, common = save_preprocess(state(), validate_access_integrity=False)  # `divide` does, where it must
@@ -167,21 +177,27 @@ class CheckpointWriter:
             return
         with self._standing_still():
             self._receive(0)
-            waiting = torch.tensor([self._save.written is None], dtype=torch.int32, device=torch.cuda.current_device())
+            waiting = torch.tensor([self._save.waiting], dtype=torch.int32, device=torch.cuda.current_device())
             torch.distributed.all_reduce(waiting)
-            if not waiting.item():
+            if waiting.item():
+                return
+            if self._save.gathered:
                 self._complete()
+            else:
+                self._gather()
 
     def finish(self) -> bool:
         """Wait for the save under way, if any; whether the last one became a whole checkpoint. Collective."""
         if self._save is not None:
             with self._standing_still():
-                self._receive(None)
+                if not self._save.gathered:
+                    self._receive(None)
+                    self._gather()
                 self._complete()
         if self._cleaning is not None:
             (step, cleaning), self._cleaning = self._cleaning, None
             if reason := cleaning.exception():
-                self._failed(step, f"it is saved, but older ones cannot be removed: {_in_words(reason)}")
+                self._failed(step, f"it is saved, but older ones cannot be removed: {_in_words(reason, self.root)}")
         return self._whole
 
     def _receive(self, seconds: float | None) -> None:
@@ -206,29 +222,34 @@ class CheckpointWriter:
         save.process.join()
         save.pipe.close()
 
-    def _complete(self) -> None:
-        """All ranks have written or failed: put the table of contents beside it and give it its name. Collective."""
-        save, self._save = self._save, None
+    def _gather(self) -> None:
+        """All ranks have written or failed: rank 0 begins to put the table of contents beside it. Collective."""
+        save = self._save
         assert save is not None
         assert save.written is not None
         if self._any_failed(save.step, save.written.error, save.unfinished):
+            self._save = None
             return
         mine = [_row(result) for result in save.written.results], save.written.sums
         everyone = exchange(tuple[list[_Row], checksums.Sums], mine, only=0)
-        error, final = None, step_path(self.root, save.step)
-        if everyone:
-            try:
-                _close(save, everyone)
-                finish(save.unfinished, final)
-            except Exception as reason:
-                error = _in_words(reason)
+        save.gathered = True
+        if everyone:  # a disk takes its time to say that it has something: not while training stands still
+            save.closing = self._cleaner.submit(_close, save, everyone, step_path(self.root, save.step))
+
+    def _complete(self) -> None:
+        """The checkpoint has its name, or could not be given it. Collective."""
+        save, self._save = self._save, None
+        if save is None:
+            return
+        reason = save.closing.exception() if save.closing else None
+        error = _in_words(reason, save.unfinished) if reason else None
         if self._any_failed(save.step, error, save.unfinished):
             return
         self._whole = True
         if self._rank:
             return
         self._cleaning = save.step, self._cleaner.submit(prune, self.root, self.keep_last)
-        self._saved(final, self._stood_still + time.perf_counter() - self._began)
+        self._saved(step_path(self.root, save.step), self._stood_still + time.perf_counter() - self._began)
 
     def _any_failed(self, step: int, error: str | None, unfinished: Path | None = None) -> bool:
         """Whether any rank met an error: then all know, rank 0 removes what is there, and training goes on."""
@@ -276,7 +297,7 @@ def _write(directory: Path, transforms: Any, buckets: list, common: dict | None)
             files.append(path)
         written.sums = checksums.sums(files)
     except Exception as error:  # torch turns what the disk says into errors of several kinds
-        written.error = _in_words(error)
+        written.error = _in_words(error, directory)
     return written
 
 
@@ -299,18 +320,25 @@ def _result(row: _Row) -> WriteResult:
     return WriteResult(MetadataIndex(name, offset, index), size, _StorageInfo(file, start, length, transforms))
 
 
-def _close(save: _Save, everyone: list[tuple[list[_Row], checksums.Sums]]) -> None:
-    """Table of contents, format and checksums; on rank 0, before the rename."""
+def _close(save: _Save, everyone: list[tuple[list[_Row], checksums.Sums]], final: Path) -> None:
+    """Table of contents, format and checksums, and then the name; on rank 0."""
     save.writer.finish(save.contents, [[_result(row) for row in rows] for rows, _ in everyone])
     save_config(CheckpointingConfig(*_FORMAT), str(save.unfinished))
     known = {name: entry for _, sums in everyone for name, entry in sums.items()}
     known |= checksums.sums([save.unfinished / ".metadata", save.unfinished / "metadata.json"])
     checksums.write(save.unfinished, known)
+    for name in ("metadata.json", checksums.NAME):  # writers and torch have done so with all else
+        whole.sync(save.unfinished / name)
+    finish(save.unfinished, final)
 
 
-def _in_words(error: BaseException) -> str:
-    """What the disk said, if it said anything: torch puts errors of its own on top."""
+def _in_words(error: BaseException, where: Path) -> str:
+    """What the disk said, if it said anything, with a file's name: torch puts errors of its own on top."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    return " ".join(str(cause).split()) if cause else f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if cause is None:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if cause.filename is None and cause.errno is not None:
+        cause.filename = str(where)
+    return " ".join(str(cause).split())

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsv3_train import whole
+from dsv3_train.checkpoint import common
 from dsv3_train.checkpoint.directory import complete, resolve
 from dsv3_train.checkpoint.hf.origin import FOLDER as PUBLISHED
 from dsv3_train.checkpoint.hf.origin import PREFIX
@@ -157,13 +158,7 @@ def recorded(checkpoint: Path) -> str | None:
     Raises:
         UserError: its small state cannot be read.
     """
-    import torch
-
-    file = checkpoint / "common.pt"
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True).get(TOKENIZER)
-    except Exception as error:  # torch raises what its readers do
-        raise UserError(f"{file}: cannot be read ({type(error).__name__}: {error}); take another checkpoint") from None
+    return common.read(checkpoint).get(TOKENIZER)
 
 
 def refuse_other(kept: str | None, sha256: str | None, checkpoint: Path) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from dsv3_train import locks
 from dsv3_train.errors import UserError
@@ -33,32 +30,23 @@ def directory(prefix: str) -> Iterator[Path]:
         BeingPrepared: another process is in it.
     """
     parts = Path(f"{prefix}.parts")
-    above = _missing_above(parts)
     try:
-        parts.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            parts.mkdir()
-            above.insert(0, parts)
-        _refuse_foreign(parts)
-        begun = (parts / "lock").exists()
-        lock_file = os.open(parts / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        held = locks.hold(parts, "lock", _ours, "move it away, or choose another output")
+    except locks.Busy:
+        raise BeingPrepared(f"{parts}: another process is preparing this dataset; wait for it") from None
     except FileNotFoundError:
         raise BeingPrepared(f"{parts}: another process has just prepared this dataset; start again") from None
     except OSError as error:
-        _remove_empty(above)
         raise UserError(f"{prefix}: cannot be written ({error.strerror}); choose another output") from None
-    ours = begun or parts in above
-    with open(lock_file, "w") as lock:
-        if not locks.alone(lock):
-            raise BeingPrepared(f"{parts}: another process is preparing this dataset; wait for it")
+    with held.lock:
         try:
             yield parts
         except BaseException as error:
             if isinstance(error, UserError) or not any(parts.glob("*.json")):
-                _clear(parts, lock, ours)
-                _remove_empty(above)
+                held.clear()
+                held.undo()
             raise
-        _clear(parts, lock, ours)
+        held.clear()
 
 
 def left(prefix: str) -> bool:
@@ -67,37 +55,5 @@ def left(prefix: str) -> bool:
     return parts.is_dir() and not parts.is_symlink() and (parts / "lock").is_file()
 
 
-def _refuse_foreign(parts: Path) -> None:
-    remedy = "move it away, or choose another output"
-    if not stat.S_ISDIR(os.lstat(parts).st_mode):
-        raise UserError(f"{parts}: is in the way, and no directory of ours; {remedy}")
-    for entry in os.scandir(parts):
-        if not (_OURS.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)):
-            raise UserError(f"{parts}: holds {entry.name}, so it is not ours to use and delete; {remedy}")
-
-
-def _clear(parts: Path, lock: IO, ours: bool) -> None:
-    """Remove our files, and the directory unless it was there before us or holds something else.
-
-    The lock last, and closed: NFS keeps an open file there under another name.
-    """
-    for path in parts.iterdir():
-        if _OURS.fullmatch(path.name) and path.name != "lock":
-            path.unlink()
-    lock.close()
-    with contextlib.suppress(OSError):
-        (parts / "lock").unlink()
-        if ours:
-            parts.rmdir()
-
-
-def _missing_above(path: Path) -> list[Path]:
-    """The directories above `path` that are not there yet, the lowest first."""
-    return [above for above in path.parents if not above.exists()]
-
-
-def _remove_empty(directories: list[Path]) -> None:
-    """Undo what was made, so that a refusal leaves nothing."""
-    for one in directories:
-        with contextlib.suppress(OSError):
-            one.rmdir()
+def _ours(relative: str) -> bool:
+    return _OURS.fullmatch(relative) is not None

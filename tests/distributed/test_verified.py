@@ -127,7 +127,7 @@ def test_training_does_not_wait_for_old_checkpoints_to_be_deleted(tmp_path):
         distributed.stop()
 
     in_processes(work, 1)
-    failed = "it is saved, but older ones cannot be removed: [Errno 5] Input/output error"
+    failed = f"it is saved, but older ones cannot be removed: [Errno 5] Input/output error: '{tmp_path / 'all'}'"
     assert (tmp_path / "said").read_text().splitlines() == [
         *("step_00000001 True", f"1: {failed}"),
         *("step_00000002 True", f"2: {failed}", "whole: True"),

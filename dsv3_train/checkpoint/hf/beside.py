@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-LAYER = re.compile(r"model\.layers\.(\d+)\.")
+LAYER = re.compile(r"model\.layers\.([0-9]{1,9})\.")
 MTP = "of MTP that config.json does not count"
 VISION = "of the vision tower and its projector"
 _PATTERNS = {

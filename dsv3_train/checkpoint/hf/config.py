@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dsv3_train import regular
 from dsv3_train.checkpoint.hf import language, own_class, rope
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.faults import Fault, Place, refuse
@@ -66,6 +67,7 @@ _STARTING_POINT: dict[str, Any] = {
 }
 """What a recipe needs and `config.json` does not say; the learning rate is the report's last (section 4.2)."""
 _LONGEST_SEQUENCE = 4096
+_LARGEST = 1 << 22  # bytes
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -76,7 +78,8 @@ def read(path: Path) -> dict[str, Any]:
     """
     file = path / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _object(pairs, file))
+        text = regular.read(file, _LARGEST).decode("utf-8")
+        config = json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, file))
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; a Hugging Face directory has one") from None
     except (ValueError, RecursionError) as error:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from dsv3_train import regular
 from dsv3_train.errors import UserError
 
 DTYPES = {
@@ -40,7 +41,9 @@ DTYPES = {
 """The format's names of types, in the library's order within a file: wider types first, then by name."""
 PACKED = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 """Bits of the format's types that are narrower than a byte: named in a header, never read."""
-_LARGEST_HEADER = 100_000_000  # bytes; the library's own bound
+_LARGEST_HEADER = 16 << 20
+"""Bytes. The library's own bound is 100 MB, which hostile JSON makes gigabytes and minutes of; DeepSeek-V3's 92,000
+tensors in one file would take 10 MB."""
 _ORDER = tuple(DTYPES)
 
 
@@ -88,17 +91,22 @@ def read_header(path: Path) -> dict[str, Stored]:
     Raises:
         UserError: cut short, or no safetensors file.
     """
-    size, text = path.stat().st_size, header_text(path)
+    size, text = _header(path)
     tensors = _tensors(path, text)
-    end = 8 + len(text)
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].begin):
-        if tensor.begin != end:
-            raise UserError(f"{path}: {name} begins at byte {tensor.begin}, not {end}, where the one before ends")
-        end += tensor.nbytes
+    end = _end(path, tensors, 8 + len(text))
     if end != size:
         what = "cut short" if size < end else "longer than its header says"
         raise UserError(f"{path}: {what}: {size:,} bytes, and its header speaks of {end:,}; fetch it again")
     return tensors
+
+
+def _end(path: Path, tensors: Mapping[str, Stored], end: int) -> int:
+    """The byte after the last tensor, each of which begins where the one before ends, the first at `end`."""
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
+        if tensor.begin != end:
+            raise UserError(f"{path}: {name} begins at byte {tensor.begin}, not {end}, where the one before ends")
+        end += tensor.nbytes
+    return end
 
 
 def header_text(path: Path) -> bytes:
@@ -106,29 +114,51 @@ def header_text(path: Path) -> bytes:
 
     Raises:
         UserError: cut short, or no safetensors file.
+        OSError: it cannot be opened.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    return _header(path)[1]
+
+
+def _header(path: Path) -> tuple[int, bytes]:
+    with regular.opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(_LARGEST_HEADER, size - 8):
             raise UserError(f"{path}: no safetensors file, or cut short in its header; fetch it again")
-        return file.read(length)
+        return size, file.read(length)
 
 
 def _tensors(path: Path, text: bytes) -> dict[str, Stored]:
+    """As strict as the library: UTF-8, numbers of JSON, text alone in `__metadata__`; and no name twice."""
     try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
+        more = header.pop("__metadata__", None)
+        if more is not None and not all(isinstance(value, str) for value in more.values()):
+            raise ValueError("__metadata__ has other values than text")
         return {name: _stored(path, name, entry, 8 + len(text)) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: its header is no safetensors header ({error}); fetch it again") from None
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name} is there twice")
+        found[name] = value
+    return found
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number of JSON")
+
+
 def _stored(path: Path, name: str, entry: Any, start: int) -> Stored:
+    name.encode()  # half of a surrogate pair is no name
     dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     if dtype not in DTYPES and dtype not in PACKED:
         raise ValueError(f"{name} has the unknown type {dtype}")
-    if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, begin, end)):
         raise ValueError(f"{name} has no possible shape or place")
     stored = Stored(str(path), dtype, shape, start + begin)
     if stored.nbytes != end - begin:
@@ -155,7 +185,7 @@ def layout(path: Path, contents: Mapping[str, tuple[str, tuple[int, ...]]], head
         known = _tensors(path, header_was.encode())
         if {name: (stored.dtype, stored.shape) for name, stored in known.items()} == contents:
             text = header_was.encode()
-            end = 8 + len(text) + sum(stored.nbytes for stored in known.values())
+            end = _end(path, known, 8 + len(text))
             return Layout(len(text).to_bytes(8, "little") + text, known, end)
     names = sorted(contents, key=lambda name: (_ORDER.index(contents[name][0]), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

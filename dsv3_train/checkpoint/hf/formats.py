@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dsv3_train import regular
 from dsv3_train.checkpoint.hf.files import PACKED, Stored
 from dsv3_train.checkpoint.hf.names import SCALE
 from dsv3_train.errors import UserError
 
 _FILE = "hf_quant_config.json"
 """Where NVIDIA's ModelOpt says what `config.json` does not."""
+_LARGEST = 1 << 22
 _READ = "this reads BF16, FP32, and FP8 (E4M3) with FP32 scales of 128x128 blocks; take files in one of these"
 _PACKED = {
     "pack-quantized": "INT4 (compressed-tensors, pack-quantized)",
@@ -40,9 +43,9 @@ def refuse_named(path: Path, *configs: dict[str, Any]) -> None:
         UserError: names the format, the file and the key.
     """
     file = path / _FILE
-    if file.is_file():
+    if os.path.lexists(file):
         try:
-            kind = json.loads(file.read_text(encoding="utf-8"))["quantization"]["quant_algo"]
+            kind = json.loads(regular.read(file, _LARGEST).decode())["quantization"]["quant_algo"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{file}: not ModelOpt's description of a quantisation ({error}); fetch it again") from None
         if kind:

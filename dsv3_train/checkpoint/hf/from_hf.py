@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import torch
 
+from dsv3_train import whole
+from dsv3_train.checkpoint import checksums
 from dsv3_train.checkpoint.directory import step_path
 from dsv3_train.checkpoint.hf import beside, origin, own_class, scales, work
 from dsv3_train.checkpoint.hf import config as configs
@@ -28,6 +30,11 @@ from dsv3_train.recipe.schema import Recipe
 
 Mtp = Literal["keep", "drop"]
 _LARGEST_FILE, _SMALLEST_FILE, _FILES = 2 << 30, 128 << 20, 64
+_OURS = re.compile(
+    r"checkpoints/(step_00000000/(__\d+_0\.distcp|\.metadata(\.tmp)?|common\.pt|metadata\.json|manifest\.json)?)?|"
+    r"recipe\.yaml|(hf|tokenizer)/[^/]*"
+)
+"""What is made in TARGET.unfinished."""
 _NOTHING_DONE = {"step": 0, "consumed_samples": 0, "consumed_tokens": 0}
 
 
@@ -214,22 +221,27 @@ def convert(plan: Plan, target: Path, workers: int | None, progress: Progress) -
     Raises:
         UserError: a file is damaged, the disk is full, or TARGET cannot be written.
     """
-    units = [Unit(i, sum(map(_nbytes, file)), (i, file)) for i, file in enumerate(plan.files)]
-    fingerprint = ["with scales", _fingerprint(plan), [[asdict(block.part) for block in file] for file in plan.files]]
-    with work.unfinished(target, fingerprint) as where:
+    units = [Unit(i, sum(map(_nbytes, file)), write_file, (i, file)) for i, file in enumerate(plan.files)]
+    fingerprint = [
+        "with checksums",
+        _fingerprint(plan),
+        [[asdict(block.part) for block in file] for file in plan.files],
+    ]
+    with work.unfinished(target, fingerprint, lambda relative: _OURS.fullmatch(relative) is not None) as where:
         checkpoint = step_path(where / "checkpoints", 0)
         checkpoint.mkdir(parents=True, exist_ok=True)
         _check_copies(plan, progress)
         count = work.worker_count(workers, plan.nbytes)
-        written = work.run(where, write_file, units, count, progress, "converting")
+        written = work.run(where, units, count, progress, "converting")
         parts = [[block.part for block in file] for file in plan.files]
-        placed = [of_file for of_file, _ in written]
+        placed = [of_file for of_file, _, _ in written]
+        sums = {name: tuple(entry) for _, _, of_file in written for name, entry in of_file.items()}
         small = {"position": _NOTHING_DONE, "topology": {}, TOKENIZER: plan.tokenizer.sha256}
-        finish(checkpoint, list(zip(parts, placed, strict=True)), small)
+        finish(checkpoint, list(zip(parts, placed, strict=True)), small, sums)
         (where / "recipe.yaml").write_text(recipes.dump(plan.recipe), encoding="utf-8")
         looked = {
             name: scales.Looked(Rule(*rule) if rule else None, lossy)
-            for _, of_file in written
+            for _, of_file, _ in written
             for name, (rule, lossy) in of_file.items()
         }
         absent = absent_copies(plan.directory, plan.recipe.model, plan.mtp)
@@ -252,8 +264,11 @@ def _fingerprint(plan: Plan) -> list[Any]:
     return [*zip(files, [(stat.st_size, stat.st_mtime_ns) for stat in stats], strict=True), recipes.dump(plan.recipe)]
 
 
-def write_file(where: str, number: int, file: list[Block]) -> tuple[list[Placed], dict[str, scales.Looked]]:
-    """Write one file of the checkpoint; where its parts lie in it, and what the FP8 scales of those begun in it say."""
+def write_file(
+    where: str, number: int, file: list[Block]
+) -> tuple[list[Placed], dict[str, scales.Looked], checksums.Sums]:
+    """Write one file of the checkpoint; where its parts lie in it, what the FP8 scales of those begun in it say, and
+    its checksum."""
     torch.set_num_threads(1)
 
     def values(i: int) -> torch.Tensor:
@@ -262,9 +277,12 @@ def write_file(where: str, number: int, file: list[Block]) -> tuple[list[Placed]
         return rows.to(DTYPES[block.part.dtype]).view(block.part.sizes)
 
     parts = [block.part for block in file]
-    placed = write_parts(step_path(Path(where, "checkpoints"), 0), number, parts, values)
+    folder = step_path(Path(where, "checkpoints"), 0)
+    placed = write_parts(folder, number, parts, values)
+    whole.sync(folder)
     begun = [block.source for block in file if block.first == 0 and block.source.scale is not None]
-    return placed, {source.weight.name: scales.look(source) for source in begun}
+    looked = {source.weight.name: scales.look(source) for source in begun}
+    return placed, looked, checksums.sums({folder / name for _, name, _, _ in placed})
 
 
 def _check_copies(plan: Plan, progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""`dsv3 convert inspect`: what a Hugging Face directory or a checkpoint holds, from headers alone."""
+"""`dsv3 convert inspect`: what a Hugging Face directory or a checkpoint holds: headers, and checksums."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from dsv3_train.checkpoint.checksums import faults
 from dsv3_train.checkpoint.directory import resolve
 from dsv3_train.checkpoint.hf import config as configs
 from dsv3_train.checkpoint.hf import run
@@ -21,17 +22,20 @@ def is_published(path: Path) -> bool:
     return (path / "config.json").is_file() or any(path.glob("*.safetensors*"))
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(path: Path, checksums: bool = True) -> dict[str, Any]:
     """Counts, types and bytes of a directory or checkpoint, and what is missing or surplus by its configuration.
 
     `weights`, `scales`: tensors; `beside`: tensors that are known to be no weights, by kind; `values`: numbers in the
     weights; `dtypes`: tensors of each type; `missing`,
     `surplus`: names; `problems`: what is damaged or wrong, one line each.
 
+    Args:
+        checksums: read all files of a checkpoint for the checksums that it keeps; else headers and sizes alone.
+
     Raises:
         UserError: neither of the two, or of a model that is not supported.
     """
-    return _published(path) if is_published(path) else _sharded(resolve(path))
+    return _published(path) if is_published(path) else _sharded(resolve(path), checksums)
 
 
 def _published(path: Path) -> dict[str, Any]:
@@ -59,7 +63,7 @@ def _published(path: Path) -> dict[str, Any]:
     }
 
 
-def _sharded(path: Path) -> dict[str, Any]:
+def _sharded(path: Path, checksums: bool) -> dict[str, Any]:
     checkpoint, recipe = open_checkpoint(path), run.recipe_beside(path)
     missing, surplus = run.differences(checkpoint, recipe)
     weights = [tensor for key, tensor in checkpoint.tensors.items() if not run.is_training_state(key)]
@@ -76,5 +80,12 @@ def _sharded(path: Path) -> dict[str, Any]:
         "training_state": len(checkpoint.tensors) - len(weights),
         "missing": missing,
         "surplus": surplus,
-        "problems": list(dict.fromkeys(run.wrong_shapes(checkpoint, recipe))),
+        "problems": [*dict.fromkeys(run.wrong_shapes(checkpoint, recipe)), *(_faults(path) if checksums else ())],
     }
+
+
+def _faults(path: Path) -> list[str]:
+    try:
+        return list(faults(path))
+    except OSError as error:
+        return [f"{error.filename or path}: {error.strerror}"]

@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal, NamedTuple
 
+from dsv3_train.errors import UserError
 from dsv3_train.recipe.schema import Model
 
 BLOCK = 128
 """Side of an FP8 block; blocks are cut at a matrix's border (report, section 3.3.2)."""
 SCALE = "_scale_inv"
 """What the published files append to a weight's name for the FP32 scales of its FP8 blocks."""
+
+_FEW, _TIMES = 100_000, 4
+"""Tensors that are listed whatever the files have (DeepSeek-V3 has 46,000 weights); and of what they have, so often."""
 
 
 class Row(NamedTuple):
@@ -118,6 +122,33 @@ class Weight:
     def scale_shape(self) -> tuple[int, ...]:
         """Blocks in each dimension."""
         return tuple(-(-size // BLOCK) for size in self.shape)
+
+
+def number(model: Model, mtp: int) -> int:
+    """How many tensors `weights` has, without going through them."""
+    layers = model.num_hidden_layers + mtp
+    # MTP's layer is like the last of the main model.
+    dense = layers if model.first_k_dense_replace >= model.num_hidden_layers else model.first_k_dense_replace
+    rows = {moe: layer_rows(model, moe) for moe in (False, True)}
+    of = {moe: sum(model.n_routed_experts if "{e}" in row.theirs else 1 for row in some) for moe, some in rows.items()}
+    return len(MODEL) + len(MTP) * mtp + of[False] * dense + of[True] * (layers - dense)
+
+
+def refuse_more(model: Model, mtp: int, there: int, place: str) -> None:
+    """Refuse a model of far more tensors than there are, before all of them are listed as missing.
+
+    Args:
+        there: tensors in the files.
+        place: of the configuration, for the message.
+
+    Raises:
+        UserError: names the keys.
+    """
+    if (expected := number(model, mtp)) > max(_FEW, _TIMES * there):
+        raise UserError(
+            f"{place}: n_routed_experts: {model.n_routed_experts:,} and num_hidden_layers: {model.num_hidden_layers:,} "
+            f"make {expected:,} tensors, and the files have {there:,}; correct them, or fetch the files again"
+        )
 
 
 @functools.lru_cache(maxsize=4)

@@ -16,7 +16,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Optional
+
+from pydantic import BaseModel, Field
 
 from dsv3_train import regular
 from dsv3_train.checkpoint.directory import resolve
@@ -25,12 +27,13 @@ from dsv3_train.checkpoint.hf import kept, language
 from dsv3_train.checkpoint.hf.files import Stored, header_text, layout
 from dsv3_train.checkpoint.hf.fp8 import Rule
 from dsv3_train.checkpoint.hf.names import SCALE, Weight
-from dsv3_train.checkpoint.hf.published import INDEX, Directory, absent_copies, open_directory, present
+from dsv3_train.checkpoint.hf.published import INDEX, Directory, absent_copies, open_directory, present, read_index
 from dsv3_train.checkpoint.hf.scales import Looked
 from dsv3_train.checkpoint.hf.sides import Published
 from dsv3_train.data.special_tokens import FILES
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.load import load
+from dsv3_train.whole import sync, sync_below
 
 FOLDER = "hf"
 PREFIX = "hf:"
@@ -38,6 +41,31 @@ PREFIX = "hf:"
 _TENSORS = "tensors.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _DEEPEST = 10  # runs that began from one another's checkpoints
+
+
+_Type = Literal["F32", "BF16", "F8_E4M3"]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Scales = tuple[_Positive, Optional[_Positive]]
+"""Of a `fp8.Rule`."""
+
+
+class _Rules(BaseModel):
+    usual: Optional[_Scales]
+    others: dict[str, Optional[_Scales]]
+
+
+class _Facts(BaseModel):
+    """tensors.json."""
+
+    main_dtype: _Type
+    mtp: int = Field(ge=0, le=100)
+    exceptions: dict[str, _Type]
+    prefix: Literal["", "language_model."] = ""
+    beside: dict[str, str] = {}
+    headers: dict[str, str] = {}
+    nbytes: Optional[int] = None
+    absent: list[str] = []
+    rules: Optional[_Rules] = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +105,7 @@ class Origin:
     def index(self) -> dict[str, Any] | None:
         """model.safetensors.index.json; None for one file without an index."""
         file = self.folder / INDEX
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return read_index(file) if os.path.lexists(file) else None
 
 
 def usual_dtype(weight: Weight, main_dtype: str) -> str:
@@ -166,6 +194,11 @@ def left_out(source: Path) -> list[str]:
     return [f"left out: {content}" for _, content in _others(source) if isinstance(content, UserError)]
 
 
+def others(source: Path) -> list[str]:
+    """Names of what `copy_others` copies."""
+    return [name for name, content in _others(source) if isinstance(content, bytes)]
+
+
 def _others(source: Path) -> Iterator[tuple[str, bytes | UserError]]:
     for file in sorted(source.iterdir()):
         theirs = not file.name.startswith(".") and not file.name.endswith(_WEIGHTS)
@@ -187,7 +220,7 @@ def find(checkpoint: Path) -> Origin | None:
     """
     run_dir = checkpoint.parent.parent
     for _ in range(_DEEPEST):
-        if (run_dir / FOLDER / _TENSORS).is_file():
+        if os.path.lexists(run_dir / FOLDER):
             return _kept(run_dir / FOLDER)
         recipe_file = run_dir / "recipe.yaml"
         begun = load(str(recipe_file)).checkpoint.load if recipe_file.is_file() else None
@@ -212,7 +245,8 @@ def carry(begun: Path, run_dir: Path) -> None:
         OSError: the run directory cannot be written.
     """
     came_from = find(begun)
-    if came_from is None or not (came_from.folder / _TENSORS).is_file():
+    if came_from is None or not os.path.lexists(came_from.folder / _TENSORS):  # or a directory's files as they are
+        _refuse_foreign(run_dir / FOLDER)
         shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
     elif came_from.folder.resolve() != (run_dir / FOLDER).resolve():
         with anew(run_dir) as folder:
@@ -227,43 +261,57 @@ def carry(begun: Path, run_dir: Path) -> None:
 @contextlib.contextmanager
 def anew(run_dir: Path) -> Iterator[Path]:
     """A folder that becomes a run's `hf/` when it is whole, in the place of another."""
+    _refuse_foreign(run_dir / FOLDER)
     folder = run_dir / f"{FOLDER}.unfinished"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     yield folder
+    sync_below(folder)
     shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
     folder.rename(run_dir / FOLDER)
+    sync(run_dir)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Refuse to delete a run's `hf/` that is none of ours: what is kept has `tensors.json`.
+
+    Raises:
+        UserError: names it.
+    """
+    if os.path.lexists(folder) and (folder.is_symlink() or not (folder / _TENSORS).is_file()):
+        raise UserError(f"{folder}: is in the way, and not what a conversion has kept; move it away")
 
 
 def _kept(folder: Path) -> Origin:
     file = folder / _TENSORS
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        facts = _Facts.model_validate(json.loads(regular.read(file).decode("utf-8")))
         whole = configs.read(folder)
         config = language.part(whole)
         configs.model_of(whole, str(folder / "config.json"))
         # Earlier versions kept no tensors, and knew no rules.
-        tensors = kept.read(folder) if "rules" in facts else {}
-        said = facts.get("rules", {"usual": None, "others": {}})
-        names = [name for name in tensors if name.endswith(SCALE)]
-        rules = {name.removeprefix(facts.get("prefix", "")).removesuffix(SCALE): said["usual"] for name in names}
-        return Origin(
-            folder,
-            config,
-            whole,
-            facts["main_dtype"],
-            facts["mtp"],
-            tensors,
-            facts["exceptions"],
-            facts.get("prefix", ""),
-            facts.get("beside", {}),
-            facts.get("headers", {}),
-            facts.get("nbytes"),
-            frozenset(facts.get("absent", ())),
-            {name: Rule(*rule) if rule else None for name, rule in (rules | said["others"]).items()},
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: damaged ({error}); remove {folder} to export without it") from None
+        tensors = kept.read(folder) if facts.rules else {}
+    except (OSError, ValueError, RecursionError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"{file}: damaged ({said}); remove {folder} to export without it") from None
+    names = [name for name in tensors if name.endswith(SCALE)]
+    usual, others = (facts.rules.usual, facts.rules.others) if facts.rules else (None, {})
+    rules = {name.removeprefix(facts.prefix).removesuffix(SCALE): usual for name in names}
+    return Origin(
+        folder,
+        config,
+        whole,
+        facts.main_dtype,
+        facts.mtp,
+        tensors,
+        dict(facts.exceptions),
+        facts.prefix,
+        facts.beside,
+        facts.headers,
+        facts.nbytes,
+        frozenset(facts.absent),
+        {name: Rule(*rule) if rule else None for name, rule in (rules | others).items()},
+    )
 
 
 def _directory(path: Path) -> Origin | None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsv3_train.checkpoint.hf import beside, formats, language, own_class
+from dsv3_train import regular
+from dsv3_train.checkpoint.hf import beside, formats, language
 from dsv3_train.checkpoint.hf import config as configs
 from dsv3_train.checkpoint.hf.files import Stored, read_header
-from dsv3_train.checkpoint.hf.names import SCALE, weights
+from dsv3_train.checkpoint.hf.names import SCALE, Weight, refuse_more, weights
 from dsv3_train.checkpoint.hf.sides import Published
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.schema import Model
@@ -20,6 +22,9 @@ from dsv3_train.recipe.schema import Model
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _READ = ("F32", "BF16", "F8_E4M3")
+LARGEST_JSON = 32 << 20
+"""Bytes; the index of Kimi-K2's 140,000 tensors has 13 million."""
+_LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Directory:
     @functools.cached_property
     def beside(self) -> dict[str, str]:
         """Tensors that are known to be no weights of the model: name -> what it is (beside.py)."""
-        layers = int(self.config["num_hidden_layers"])
+        layers = int(configs.settings(self.config)["num_hidden_layers"])
         return beside.found(self.tensors, layers, self.declared_mtp, bool(self.prefix))
 
     @property
@@ -104,12 +109,15 @@ def open_directory(path: Path) -> Directory:
         listed.setdefault(name, []).append(tensor)
     for name in sorted(listed):
         file = path / name
-        if not file.is_file():
-            problems.append(f"{file}: missing; the index names it for {len(listed[name])} tensors; fetch it again")
-            continue
         try:
             header = read_header(file)
-        except (UserError, OSError) as error:
+        except FileNotFoundError:
+            problems.append(f"{file}: missing; the index names it for {len(listed[name])} tensors; fetch it again")
+            continue
+        except OSError as error:
+            problems.append(f"{file}: {error.strerror}; fetch it again")
+            continue
+        except UserError as error:
             problems.append(str(error))
             continue
         twice = header.keys() & tensors.keys()
@@ -132,20 +140,43 @@ def open_directory(path: Path) -> Directory:
 
 def _weight_map(path: Path) -> dict[str, str] | None:
     file = path / INDEX
-    if not file.is_file():
-        if (path / SINGLE).is_file():
+    if not os.path.lexists(file):
+        if os.path.lexists(path / SINGLE):
             return None
         hint = "; this reads safetensors only, pickled .bin files can run code" if any(path.glob("*.bin")) else ""
         raise UserError(f"{path}: neither {INDEX} nor {SINGLE}{hint}")
+    return read_index(file)["weight_map"]
+
+
+def read_index(file: Path) -> dict[str, Any]:
+    """An index of safetensors files, whose `weight_map` names files of the same directory.
+
+    Raises:
+        UserError: it cannot be read, or is something else.
+    """
     try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        names = set(weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        index = json.loads(regular.read(file, LARGEST_JSON).decode("utf-8"))
+        names = set(index["weight_map"].values())
+        if not isinstance(index.get("metadata"), (dict, type(None))):
+            raise ValueError("metadata is no object")
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; fetch it again") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: no index of safetensors files ({error}); fetch it again") from None
-    strange = sorted(str(name) for name in names if not isinstance(name, str) or Path(name).name != name)
+    strange = sorted(str(name) for name in names if not _is_name(name))
     if strange:
-        raise UserError(f"{file}: names {strange[0]!r}, which is no file of this directory")
-    return weight_map
+        raise UserError(f"{file}: names {strange[0]!r}, which is no safetensors file of this directory")
+    return index
+
+
+def _is_name(name: Any) -> bool:
+    """Whether it is a safetensors file's in this directory."""
+    if not isinstance(name, str) or not name.endswith(".safetensors") or "/" in name or "\0" in name:
+        return False
+    try:
+        return len(name.encode()) <= _LONGEST_NAME
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def differences(directory: Directory, model: Model, mtp: int) -> tuple[list[str], list[str]]:
@@ -154,7 +185,7 @@ def differences(directory: Directory, model: Model, mtp: int) -> tuple[list[str]
     A scale is wanted where its weight is stored in FP8, MTP's copies of embedding and head only without the original.
     With `mtp` 0, MTP's tensors are no surplus, nor is what is known to be beside a model.
     """
-    expected = weights(model, mtp)
+    expected = _weights(directory, model, mtp)
     wanted = {weight.name for weight in expected}
     dropped = set() if mtp else set(directory.mtp_names)
     tensors = directory.tensors
@@ -169,7 +200,7 @@ def differences(directory: Directory, model: Model, mtp: int) -> tuple[list[str]
 
 def absent_copies(directory: Directory, model: Model, mtp: int) -> list[str]:
     """MTP's copies of embedding and head that the files leave out, because they have the original."""
-    expected = weights(model, mtp)
+    expected = _weights(directory, model, mtp)
     originals = {weight.key: weight.name for weight in expected if not weight.copy}
     return [
         weight.name
@@ -205,17 +236,43 @@ def present(directory: Directory, model: Model, mtp: int) -> list[Published]:
     tensors = directory.tensors
     return [
         Published(weight, tensors[weight.name], tensors.get(weight.scale_name))
-        for weight in weights(model, mtp)
+        for weight in _weights(directory, model, mtp)
         if weight.name in tensors
     ]
 
 
+def _weights(directory: Directory, model: Model, mtp: int) -> tuple[Weight, ...]:
+    refuse_more(model, mtp, len(directory.tensors), str(directory.path / "config.json"))
+    return weights(model, mtp)
+
+
 def wrong(directory: Directory, model: Model, mtp: int) -> list[str]:
     """What is wrong with the shapes and types of the tensors that are there, one line each."""
-    return [fault for found in present(directory, model, mtp) for fault in _wrong(directory, found)]
+    return [
+        fault for found in present(directory, model, mtp) for fault in _unreadable(found) or _rounded(directory, found)
+    ]
 
 
-def _wrong(directory: Directory, found: Published) -> list[str]:
+def readable(directory: Directory, model: Model, mtp: int) -> list[Published]:
+    """The tensors of the model that the files have, whether all or not, each of a shape and type that can be read.
+
+    Raises:
+        UserError: the first that is not, or whose scales are missing, and how many more there are.
+    """
+    directory.check_files()
+    found = present(directory, model, mtp)
+    faults = [fault for one in found for fault in _unreadable(one)]
+    faults += [
+        f"{one.stored.file}: {one.weight.scale_name} is missing, the scales of an FP8 weight; fetch the files again"
+        for one in found
+        if one.stored.dtype == "F8_E4M3" and one.scale is None
+    ]
+    if faults:
+        raise UserError(_first(faults))
+    return found
+
+
+def _unreadable(found: Published) -> list[str]:
     weight, stored, scale = found.weight, found.stored, found.scale
     place = f"{stored.file}: {weight.name}"
     if stored.shape != weight.shape:
@@ -228,9 +285,15 @@ def _wrong(directory: Directory, found: Published) -> list[str]:
         if scale is not None and (scale.shape, scale.dtype) != (weight.scale_shape, "F32"):
             expected = f"F32 {list(weight.scale_shape)}"
             return [f"{scale.file}: {weight.scale_name} is {scale.dtype} {list(scale.shape)}, not {expected}"]
+    return []
+
+
+def _rounded(directory: Directory, found: Published) -> list[str]:
+    weight, stored = found.weight, found.stored
     if weight.stored == "fp32" and stored.dtype != "F32":
         # A directory saved in one type has its routing biases in it too; anywhere else they have lost bits.
         types = {tensor.dtype for name, tensor in directory.tensors.items() if name not in directory.beside}
+        place = f"{stored.file}: {weight.name}"
         return [f"{place} is {stored.dtype}, not F32; rounded routing biases choose other experts"] * (len(types) > 1)
     return []
 

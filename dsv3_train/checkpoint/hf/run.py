@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from dsv3_train.checkpoint.hf.names import Weight, weights
+from dsv3_train.checkpoint.hf.names import Weight, refuse_more, weights
 from dsv3_train.checkpoint.hf.sharded import Checkpoint, open_checkpoint
 from dsv3_train.checkpoint.hf.sides import Sharded
 from dsv3_train.errors import UserError
@@ -32,7 +32,7 @@ def differences(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[str], list
 
     The training state (optimizer, averages, random numbers) is no surplus.
     """
-    wanted = {weight.key for weight in _weights(recipe)}
+    wanted = {weight.key for weight in _weights(checkpoint, recipe)}
     surplus = [key for key in checkpoint.tensors if key not in wanted and not is_training_state(key)]
     return sorted(wanted - checkpoint.tensors.keys()), sorted(surplus)
 
@@ -51,7 +51,7 @@ def checkpoint_side(path: Path, recipe: Recipe, mtp: int | None = None) -> list[
     if faults:
         more = f" (and {len(faults) - 1} more differences)" if len(faults) > 1 else ""
         raise UserError(f"{path}: a checkpoint of another model: {faults[0]}{more}; check recipe.yaml beside it")
-    return [Sharded(weight, path, checkpoint.tensors[weight.key].dtype) for weight in _weights(recipe, mtp)]
+    return [Sharded(weight, path, checkpoint.tensors[weight.key].dtype) for weight in _weights(checkpoint, recipe, mtp)]
 
 
 def is_training_state(key: str) -> bool:
@@ -61,11 +61,19 @@ def is_training_state(key: str) -> bool:
 
 def wrong_shapes(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[str]:
     """`KEY is [..], not [..]` for each tensor that has another shape than the recipe's model."""
-    for weight in _weights(recipe):
+    for weight in _weights(checkpoint, recipe):
         tensor = checkpoint.tensors.get(weight.key)
         if tensor is not None and tensor.shape != weight.key_shape:
             yield f"{weight.key} is {list(tensor.shape)}, not {list(weight.key_shape)}"
 
 
-def _weights(recipe: Recipe, mtp: int | None = None) -> tuple[Weight, ...]:
-    return weights(recipe.model, recipe.model.num_nextn_predict_layers if mtp is None else mtp)
+def _weights(checkpoint: Checkpoint, recipe: Recipe, mtp: int | None = None) -> tuple[Weight, ...]:
+    modules = recipe.model.num_nextn_predict_layers if mtp is None else mtp
+    # Each expert has a row of its own, in which gate and up are fused.
+    there = sum(
+        2 * tensor.shape[0] if ".experts.experts." in key else 2
+        for key, tensor in checkpoint.tensors.items()
+        if tensor.shape
+    )
+    refuse_more(recipe.model, modules, there, f"{checkpoint.path}: recipe.yaml beside it")
+    return weights(recipe.model, modules)

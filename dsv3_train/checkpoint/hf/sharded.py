@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from dsv3_train.checkpoint.directory import check_safe
+from dsv3_train.checkpoint import checksums, contents
 from dsv3_train.checkpoint.hf.files import DTYPES, Stored
 from dsv3_train.errors import UserError
 
+_VALUES = ".distcp"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -58,33 +58,33 @@ class Checkpoint:
         """Read the table of contents.
 
         Raises:
-            UserError: unsafe, or damaged.
+            UserError: unsafe, or damaged, as far as sizes and small files tell.
         """
-        check_safe(path)
         self.path = path
+        metadata = contents.read(path)
         try:
-            metadata = FileSystemReader(path).read_metadata()
-            places: dict[tuple, _StorageInfo] = {
-                (index.fqn, tuple(index.offset)): info
-                for index, info in metadata.storage_data.items()
-                if index.offset is not None
-            }
+            self.manifest = checksums.read(path)
+            # What is read whole is checked at once, the rest by its size (and by content in hf/checks.py).
+            for name, entry in sorted((self.manifest or {}).items()):
+                if fault := checksums.fault_of(path / name, entry, size_alone=name.endswith(_VALUES)):
+                    raise UserError(f"{path}: the checkpoint is damaged ({fault}); take another")
+        except ValueError as error:
+            raise UserError(f"{path / checksums.NAME}: {error}; take another checkpoint") from None
+        except OSError as error:
+            raise UserError(f"{error.filename or path}: {error.strerror}; take another checkpoint") from None
+        places: dict[tuple, _StorageInfo] = {
+            (index.fqn, tuple(index.offset)): info
+            for index, info in metadata.storage_data.items()
+            if index.offset is not None
+        }
+        try:
             self.tensors = {
                 key: _tensor(path, key, entry, places)
                 for key, entry in metadata.state_dict_metadata.items()
                 if isinstance(entry, TensorStorageMetadata)
             }
-            ends: dict[str, int] = {}
-            for info in metadata.storage_data.values():
-                ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}/.metadata: damaged ({type(error).__name__}: {error}); take another") from None
-        for name, end in ends.items():
-            file = path / name
-            if not file.is_file():
-                raise UserError(f"{file}: missing; the checkpoint is damaged, take another")
-            if file.stat().st_size < end:
-                raise UserError(f"{file}: cut short, {file.stat().st_size:,} of {end:,} bytes; take another checkpoint")
+        except KeyError as error:
+            raise UserError(f"{path / contents.NAME}: {error} is no type of a checkpoint's; take another") from None
 
     def read(self, key: str, offset: Sequence[int], extent: Sequence[int]) -> torch.Tensor:
         """The part of tensor `key` at `offset`, in the type that it was saved in; put together from its chunks.
@@ -119,9 +119,17 @@ class Checkpoint:
         return out
 
 
-@functools.lru_cache(maxsize=4)
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`; one that this process has open already is not read again."""
+    """The checkpoint at `path`; one that this process has open already, and that has not changed, is not read again."""
+    try:
+        table = (path / contents.NAME).stat()
+    except OSError:
+        return Checkpoint(path)  # says why
+    return _open(path, (table.st_ino, table.st_size, table.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=4)
+def _open(path: Path, changed: tuple[int, int, int]) -> Checkpoint:
     return Checkpoint(path)
 
 
@@ -133,8 +141,6 @@ def _tensor(path: Path, key: str, entry: TensorStorageMetadata, places: dict[tup
     chunks = []
     for chunk in entry.chunks:
         info = places[key, tuple(chunk.offsets)]
-        if Path(info.relative_path).name != info.relative_path:
-            raise ValueError(f"{info.relative_path} is no file of the checkpoint")
         chunks.append(
             Chunk(tuple(chunk.offsets), tuple(chunk.sizes), str(path / info.relative_path), info.offset, info.length)
         )

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from dsv3_train.checkpoint import checksums, contents
 from dsv3_train.checkpoint.hf.files import DTYPES
 
 _METADATA = {
@@ -85,20 +86,25 @@ def write_parts(path: Path, number: int, parts: Sequence[Part], values: Callable
     ]
 
 
-def finish(path: Path, units: Sequence[tuple[Sequence[Part], Sequence[Placed]]], common: dict[str, Any]) -> None:
-    """Write a checkpoint's table of contents and its common objects; the last step is `metadata.json`."""
-    contents: dict[str, Any] = {}
+def finish(
+    path: Path, units: Sequence[tuple[Sequence[Part], Sequence[Placed]]], common: dict[str, Any], sums: checksums.Sums
+) -> None:
+    """Write a checkpoint's table of contents, its common objects, `metadata.json`, and the checksums of all (`sums`:
+    those of what is written already)."""
+    table: dict[str, Any] = {}
     results = []
     for parts, placed in units:
         for part in parts:
             empty = TensorStorageMetadata(_properties(part), torch.Size(part.key_shape), [])
-            contents.setdefault(part.key, empty).chunks.append(_chunk(part))
+            table.setdefault(part.key, empty).chunks.append(_chunk(part))
         for number, file, begin, length in placed:
             index = MetadataIndex(parts[number].key, torch.Size(parts[number].offset))
             results.append(WriteResult(index, length, _StorageInfo(file, begin, length)))
-    _Writer(path).finish(Metadata(contents), [results])
+    _Writer(path).finish(Metadata(table), [results])
     torch.save(common, path / "common.pt")
     (path / "metadata.json").write_text(json.dumps(_METADATA), encoding="utf-8")
+    small = [path / name for name in (contents.NAME, "common.pt", "metadata.json")]
+    checksums.write(path, sums | checksums.sums(small))
 
 
 def _described(part: Part) -> TensorWriteData:

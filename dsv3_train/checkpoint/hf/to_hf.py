@@ -12,18 +12,20 @@ from typing import Any, Literal
 
 import torch
 
-from dsv3_train import regular
+from dsv3_train import regular, whole
 from dsv3_train.checkpoint import tokenizer_home
-from dsv3_train.checkpoint.hf import beside, config_out, fp8, kept, language, origin, work
+from dsv3_train.checkpoint.hf import beside, checks, config_out, fp8, kept, language, origin, work
 from dsv3_train.checkpoint.hf import config as configs
 from dsv3_train.checkpoint.hf.files import DTYPES, Layout, Stored, itemsize, layout, write_at
 from dsv3_train.checkpoint.hf.names import BLOCK, SCALE
 from dsv3_train.checkpoint.hf.origin import Origin
 from dsv3_train.checkpoint.hf.published import INDEX, SINGLE
 from dsv3_train.checkpoint.hf.run import checkpoint_side, recipe_beside
+from dsv3_train.checkpoint.hf.sharded import open_checkpoint
 from dsv3_train.checkpoint.hf.sides import Sharded, accelerator, blocks
 from dsv3_train.checkpoint.hf.work import Progress, Unit
 from dsv3_train.checkpoint.tokenizer_home import Home
+from dsv3_train.data.special_tokens import FILES
 from dsv3_train.errors import UserError
 from dsv3_train.recipe.schema import Recipe
 
@@ -141,7 +143,7 @@ def make_plan(checkpoint: Path, dtype: Dtype | None, mtp: Mtp | None) -> Plan:
         tokenizer_home.refuse_other(tokenizer_home.recorded(checkpoint), tokenizer.sha256, checkpoint)
     tokens = {} if came_from else _tokens(tokenizer, notes)
     config, verbatim = _config(recipe, chosen, modules, came_from, tokens)
-    notes += configs.notes(config)
+    notes += configs.notes(config) + checks.told(open_checkpoint(checkpoint))
     return Plan(
         checkpoint,
         recipe,
@@ -246,7 +248,7 @@ def _placed(
         weight_map = {name: index["weight_map"][name] for name in described}
         if came_from is not None and came_from.nbytes == total:
             return weight_map, index  # whatever it says of sizes, or nothing
-        metadata = {**index.get("metadata", {}), "total_size": total}
+        metadata = {**(index.get("metadata") or {}), "total_size": total}
         return weight_map, {**index, "metadata": metadata}
     groups: list[list[str]] = []
     size = _LARGEST_FILE
@@ -292,23 +294,37 @@ def convert(plan: Plan, target: Path, workers: int | None, progress: Progress) -
         UserError: the checkpoint is damaged, the disk is full, or TARGET cannot be written.
     """
     files = sorted(set(plan.weight_map.values()))
-    headers = plan.origin.headers if plan.origin else {}
-    units = []
-    for number, file in enumerate(files):
-        contents = plan.contents(file)
-        names = dict.fromkeys(name.removesuffix(SCALE) for name in contents if name not in plan.beside)
-        outputs = [plan.outputs[name] for name in names]
-        others = {name: plan.beside[name] for name in contents if name in plan.beside}
-        units.append(
-            Unit(number, sum(map(_nbytes, contents.values())), (file, contents, outputs, others, headers.get(file)))
-        )
+    units = _units(plan, files)
     total = sum(unit.nbytes for unit in units)
-    changed = (plan.checkpoint / ".metadata").stat().st_mtime_ns
-    fingerprint = ["with scales", str(plan.checkpoint), changed, plan.dtype, plan.mtp, plan.weight_map]
-    with work.unfinished(target, fingerprint) as where:
-        work.run(where, write_file, units, work.worker_count(workers, total), progress, "converting")
+    known = checks.of(open_checkpoint(plan.checkpoint))
+    files_of_it = [plan.checkpoint / ".metadata", *(Path(file) for file, *_ in known)]
+    changed = [known, [file.stat().st_mtime_ns for file in files_of_it]]
+    fingerprint = ["with checksums", str(plan.checkpoint), changed, plan.dtype, plan.mtp, plan.weight_map]
+    copied = set(origin.others(plan.origin.folder)) if plan.origin else set()
+    ours = {*files, *(f"{file}.part" for file in files), *copied, "config.json", INDEX}
+    ours |= {name + ending for name in FILES for ending in ("", ".unfinished")}
+    with work.unfinished(target, fingerprint, ours.__contains__) as where:
+        work.run(where, units, work.worker_count(workers, total), progress, "converting")
         _write_others(plan, where)
     return {**plan.report(), "target": str(target)}
+
+
+def _units(plan: Plan, files: list[str]) -> list[Unit]:
+    """The files to write, and before each the files of the checkpoint that it is the first to read, to check."""
+    headers = plan.origin.headers if plan.origin else {}
+    contents = [plan.contents(file) for file in files]
+    outputs = [
+        [plan.outputs[name] for name in dict.fromkeys(x.removesuffix(SCALE) for x in of_file if x not in plan.beside)]
+        for of_file in contents
+    ]
+    first = checks.in_turn([[output.source for output in of_file] for of_file in outputs])
+    units: list[Unit] = []
+    for file, of_file, written, to_check in zip(files, contents, outputs, first, strict=True):
+        units += [Unit(len(units) + i, 0, checks.check, one, reads=one[1]) for i, one in enumerate(to_check)]
+        others = {name: plan.beside[name] for name in of_file if name in plan.beside}
+        task = file, of_file, written, others, headers.get(file)
+        units.append(Unit(len(units), sum(map(_nbytes, of_file.values())), write_file, task))
+    return units
 
 
 def _write_others(plan: Plan, where: Path) -> None:
@@ -318,15 +334,18 @@ def _write_others(plan: Plan, where: Path) -> None:
         plan.tokenizer.write(where)
     if not plan.verbatim:
         config = language.whole(plan.origin.whole_config, plan.config) if plan.origin else plan.config
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (where / "config.json").write_text(text, encoding="utf-8")
+        try:
+            text = json.dumps(config, indent=2, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON has in ASCII alone
+            text = json.dumps(config, indent=2).encode()
+        (where / "config.json").write_bytes(text + b"\n")
     if plan.index is None:
         return
     if plan.origin is not None and plan.index == plan.origin.index:
         (where / INDEX).write_bytes(regular.contents(plan.origin.folder / INDEX))
     else:
-        text = json.dumps(plan.index, indent=2, sort_keys=True) + "\n"
-        (where / INDEX).write_text(text, encoding="utf-8")
+        index = json.dumps(plan.index, indent=2, sort_keys=True) + "\n"
+        (where / INDEX).write_text(index, encoding="utf-8")
 
 
 def write_file(
@@ -351,6 +370,7 @@ def write_file(
             kept.copy(stored, descriptor, plan.tensors[tensor].begin)
         os.fsync(descriptor)
     os.replace(unfinished, final)
+    whole.sync(final.parent)
     return plan.size
 
 

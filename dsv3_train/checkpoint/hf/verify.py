@@ -12,10 +12,11 @@ import torch
 from dsv3_train.checkpoint.directory import resolve
 from dsv3_train.checkpoint.hf import config as configs
 from dsv3_train.checkpoint.hf import run, work
+from dsv3_train.checkpoint.hf.checks import Check, check, in_turn
 from dsv3_train.checkpoint.hf.files import Stored
 from dsv3_train.checkpoint.hf.inspect import is_published
 from dsv3_train.checkpoint.hf.names import weights
-from dsv3_train.checkpoint.hf.published import Directory, open_directory, present
+from dsv3_train.checkpoint.hf.published import Directory, open_directory, readable
 from dsv3_train.checkpoint.hf.sides import Published, Side, blocks
 from dsv3_train.checkpoint.hf.work import Progress
 from dsv3_train.errors import UserError
@@ -62,9 +63,8 @@ def open_weights(path: Path) -> Weights:
         side = run.checkpoint_side(checkpoint, recipe)
         return Weights(checkpoint, {one.weight.name: one for one in side}, recipe.model, None, recipe)
     directory = open_directory(path)
-    directory.check_files()
     model = configs.model(directory.config, str(path / "config.json"), directory.mtp)
-    found = present(directory, model, directory.mtp)
+    found = readable(directory, model, directory.mtp)
     return Weights(path, {one.weight.name: one for one in found}, model, directory, None)
 
 
@@ -83,12 +83,17 @@ def verify(a: Weights, b: Weights, workers: int | None, progress: Progress) -> d
     if shapes:
         ours, theirs = (list(of.tensors[shapes[0]].weight.shape) for of in (a, b))
         raise UserError(f"{b.path}: {shapes[0]} is {theirs}, and {ours} in {a.path}: another model")
-    tasks, total = _tasks(pairs)
+    groups, total = _tasks(pairs)
+    tasks: list[tuple[list[Check], list[tuple[Side, Side]]]] = []
+    for group, to_check in zip(
+        groups, in_turn([[side for pair in group for side in pair] for group in groups]), strict=True
+    ):
+        tasks += [([check], []) for check in to_check[1:]] + [(to_check[:1], group)]
     done, differing, largest = 0, [], 0.0
     progress("comparing", 0, total)
     with pool(min(work.worker_count(workers, total), len(tasks) or 1)) as executor:
-        for number, result in each(executor, compare, [(task,) for task in tasks]):
-            for (one, _), (same, difference) in zip(tasks[number], result, strict=True):
+        for number, result in each(executor, compare, tasks):
+            for (one, _), (same, difference) in zip(tasks[number][1], result, strict=True):
                 done += one.weight.values
                 largest = max(largest, difference)
                 if not same:
@@ -129,9 +134,11 @@ def _tasks(pairs: Sequence[tuple[Side, Side]]) -> tuple[list[list[tuple[Side, Si
     return tasks, total
 
 
-def compare(pairs: Sequence[tuple[Side, Side]]) -> list[tuple[bool, float]]:
-    """(identical, largest difference) of each pair."""
+def compare(to_check: Sequence[Check], pairs: Sequence[tuple[Side, Side]]) -> list[tuple[bool, float]]:
+    """(identical, largest difference) of each pair, after a look at the checksums of files."""
     torch.set_num_threads(1)
+    for one in to_check:
+        check("", *one)
     return [_compare(one, other) for one, other in pairs]
 
 
