@@ -6,6 +6,7 @@ from typing import Annotated, Any, Union
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from dsv3_train.recipe import ranges
 from dsv3_train.recipe.quantity import Extent
 from dsv3_train.recipe.section import Section
 
@@ -50,5 +51,5 @@ class Schedule(Section):
     """Weight (lambda) of the Multi-Token Prediction loss."""
     bias_update_speed: Piecewise = [Segment(constant=0.0)]  # noqa: RUF012  pydantic copies it
     """Step (gamma) of each expert's routing bias per global batch."""
-    balance_loss: float = Field(default=1e-4, ge=0)
+    balance_loss: ranges.LossWeight = 1e-4
     """Weight (alpha) of the sequence-wise balance loss; constant in the report."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Union
 
-from pydantic import Field, PositiveInt, PrivateAttr
+from pydantic import Field, PrivateAttr
 
+from dsv3_train.recipe import ranges
 from dsv3_train.recipe.chunks import PAIRING, stage_count
 from dsv3_train.recipe.model_section import Model
 from dsv3_train.recipe.operation_sections import Checkpoint, Faults, Logging, Runtime
@@ -25,16 +26,16 @@ __all__ = ["NO_FP8", "Dataset", "Model", "Precision", "Prepare", "Recipe", "Sche
 class Parallel(Section):
     """How many processes and what each of them holds."""
 
-    world_size: PositiveInt = 1
+    world_size: ranges.Processes = 1
     """Processes of the run, one per GPU (or CPU process)."""
-    gpus_per_node: PositiveInt = 8
-    tensor: PositiveInt = 1
+    gpus_per_node: ranges.Processes = 8
+    tensor: ranges.Processes = 1
     """Tensor parallel size; more than 1 brings sequence parallelism with it."""
     pipeline: int = Field(default=1, gt=0, le=1000)
-    context: PositiveInt = 1
-    expert: PositiveInt = 1
+    context: ranges.Processes = 1
+    expert: ranges.Processes = 1
     """Expert parallel size, taken from the data-parallel ranks."""
-    expert_tensor: PositiveInt = 1
+    expert_tensor: ranges.Processes = 1
     zero1: bool = True
     """Shard optimizer states over data-parallel ranks (ZeRO-1)."""
     overlap_grad_reduce: bool = False
@@ -73,7 +74,7 @@ class Pipeline(Section):
     the other's computation (needs BF16 and expert parallelism). Other schedules have no pairs."""
     check_messages: bool = False
     """Debugging: send each tensor's place in the schedule before it, and stop on the first that does not match."""
-    communication_sms: int = Field(default=20, ge=0)
+    communication_sms: int = Field(default=20, ge=0, le=1 << 10)
     """SMs for communication kernels that overlap with computation (report, section 3.2.2: 20 of 132): of NCCL under
     `overlap_pairs`, and of DeepEP. 0: as many as they take themselves."""
 
@@ -117,7 +118,7 @@ NO_FP8 = (
 class Dataset(Section):
     path: str
     """Prefix of an indexed dataset (`PATH.bin`, `PATH.idx`), as `dsv3 data prepare` writes it."""
-    weight: float = Field(default=1.0, gt=0)
+    weight: ranges.DataWeight = 1.0
 
 
 class Prepare(Section):
@@ -133,11 +134,11 @@ class Prepare(Section):
     inputs."""
     eos_token: Union[str, None] = None
     """The token of `tokenizer` that ends a document, as it is spelled; null: its configuration's."""
-    vocab_size: PositiveInt = 4096
-    fim_rate: float = Field(default=0.0, ge=0, le=1)
+    vocab_size: ranges.Vocabulary = 4096
+    fim_rate: ranges.Share = 0.0
     """Share of documents rearranged for fill-in-the-middle (PSM); 0.1 in the report, section 4.1."""
-    seed: int = 1234
-    max_bad: float = Field(default=0.01, ge=0, le=1)
+    seed: ranges.Seed = 1234
+    max_bad: ranges.Share = 0.01
     """Share of documents (and of files to their end) that may be unreadable; with more, nothing is written."""
 
 
@@ -151,46 +152,46 @@ class Data(Section):
     eos_token: Union[str, None] = None
     """The token that ends a document, as it is spelled; null: the configuration's beside the tokenizer."""
     prepare: Union[Prepare, None] = None
-    seed: int = 1234
+    seed: ranges.DataSeed = 1234
     """Order of documents and samples."""
-    workers: int = Field(default=2, ge=0)
+    workers: int = Field(default=2, ge=0, le=1 << 10)
     """Processes that read ahead, per rank."""
 
 
 class Optim(Section):
     """AdamW, as report section 4.2; epsilon is not published."""
 
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
-    clip_grad_norm: float = Field(default=1.0, ge=0)
+    beta1: ranges.Decay = 0.9
+    beta2: ranges.Decay = 0.95
+    eps: ranges.AdamEpsilon = 1e-8
+    weight_decay: ranges.WeightDecay = 0.1
+    clip_grad_norm: ranges.ClipNorm = 1.0
     """0: no clipping."""
-    ema_decay: Union[float, None] = Field(default=None, gt=0, lt=1)
+    ema_decay: Union[float, None] = Field(default=None, gt=0, le=0.999999)
     """Decay per step of the moving average of parameters, kept in CPU memory; null: none."""
 
 
 class Training(Section):
     duration: Extent
     """Length of the run: tokens (14.8T) or `N steps`."""
-    sequence_length: PositiveInt
+    sequence_length: ranges.Positions
     """Tokens per sequence."""
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: ranges.Sequences = 1
     """Sequences per micro-batch."""
-    seed: int = 1234
+    seed: ranges.Seed = 1234
     """Initial weights."""
     recompute: list[Literal["layernorm", "mla_up_proj", "moe_act", "mlp", "moe", "core_attn", "full"]] = Field(
         default_factory=list
     )
     """What the backward pass computes again instead of keeping."""
-    eval_interval: int = Field(default=0, ge=0)
+    eval_interval: ranges.Times = 0
     """Steps between validations; 0: none."""
-    eval_sequences: PositiveInt = 64
+    eval_sequences: ranges.Sequences = 64
     """Sequences per validation, rounded up to `Recipe.batch_multiple`."""
 
 
 class Recipe(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
     model: Model
     parallel: Parallel = Parallel()
