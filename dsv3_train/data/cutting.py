@@ -132,4 +132,6 @@ def _known_divisions(definition: dict[str, Any]) -> bool:
 def _parts(step: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
     if not step:
         return []
-    return [one for part in step[name] for one in _parts(part, name)] if name in step else [step]
+    if step.get("type") != "Sequence":  # what else a step has under the name is not read by the library either
+        return [step]
+    return [one for part in step[name] for one in _parts(part, name)]
