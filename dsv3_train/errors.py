@@ -73,6 +73,6 @@ def unexpected(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return f"out of memory{at} ({told or 'no more could be had'}); {TRACEBACK}=1 shows where in full"
     return (
-        f"{type(error).__name__}{at}: {told or 'no message'}; this is a fault of dsv3, not of what it was given: please "
-        f"report it with what {TRACEBACK}=1 in the environment shows"
+        f"{type(error).__name__}{at}: {told or 'no message'}; this is a fault of dsv3, not of what it was given: "
+        f"please report it with what {TRACEBACK}=1 in the environment shows"
     )

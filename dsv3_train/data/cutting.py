@@ -119,8 +119,9 @@ def _known_divisions(definition: dict[str, Any]) -> bool:
         elif part.get("type") == "Digits":
             expression = None
         elif part.get("type") == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
-            pattern = part.get("pattern") or {}
-            expression = str(pattern.get("Regex", "")).replace("\r", r"\r").replace("\n", r"\n")
+            pattern = part.get("pattern")  # the library reads other spellings than a mapping too
+            written = str(pattern.get("Regex", "")) if isinstance(pattern, dict) else ""
+            expression = written.replace("\r", r"\r").replace("\n", r"\n")
             if expression not in _ENDS | _NEUTRAL:
                 return False
         else:
