@@ -111,10 +111,16 @@ def test_a_tokenizer_that_is_none(tmp_path, change):
 
 @pytest.mark.parametrize(
     "step",
-    [{"type": "Split", "pattern": ["a"], "behavior": "Isolated"}, {"type": "ByteLevel", "pretokenizers": 5}],
+    [
+        {"type": "Split", "pattern": ["a"], "behavior": "Isolated"},
+        {"type": "ByteLevel", "pretokenizers": 5, "add_prefix_space": True},
+        {"type": "Sequence", "pretokenizers": 5},
+        {"type": "Sequence", "pretokenizers": [["ByteLevel"]]},
+        ["ByteLevel"],
+    ],
 )
 def test_what_divides_text_otherwise_is_not_proven(step):
-    assert not Cutter({"added_tokens": [], "pre_tokenizer": {**step, "add_prefix_space": True}}).proven
+    assert not Cutter({"added_tokens": [], "pre_tokenizer": step}).proven
 
 
 def test_recipes_on_top_of_each_other(tmp_path):

@@ -130,9 +130,11 @@ def _known_divisions(definition: dict[str, Any]) -> bool:
     return ends
 
 
-def _parts(step: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+def _parts(step: Any, name: str) -> list[dict[str, Any]]:
+    """The steps of a sequence, or the one step; `{}` for one in another of the spellings that the library reads."""
     if not step:
         return []
-    if step.get("type") != "Sequence":  # what else a step has under the name is not read by the library either
-        return [step]
-    return [one for part in step[name] for one in _parts(part, name)]
+    if not isinstance(step, dict) or step.get("type") != "Sequence":
+        return [step if isinstance(step, dict) else {}]
+    within = step.get(name)
+    return [one for part in within for one in _parts(part, name)] if isinstance(within, list) else [{}]

@@ -177,7 +177,7 @@ class _Lines:
         self._waiting = b""
 
     def add(self, text: str) -> None:
-        self._waiting += text.encode()
+        self._waiting += text.encode(errors="backslashreplace")  # bytes of a file's name
         try:
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
