@@ -139,6 +139,8 @@ def show(
     import dataclasses
     import json
 
+    from dsv3_train.errors import printable
+
     if samples:
         _show_samples(prefix, samples, as_json)
         return
@@ -155,7 +157,7 @@ def show(
         print(f"{prefix}: {contents.documents:,} documents, {contents.tokens:,} tokens ({contents.dtype}), no manifest")
     shown = contents.document
     print(f"document {shown.number}: {shown.tokens:,} tokens, the first {len(shown.first_ids)}:")
-    print(shown.first_ids if shown.text is None else shown.text)
+    print(shown.first_ids if shown.text is None else printable(shown.text))
 
 
 def _show_samples(run_dir: str, asked: list[str], as_json: bool) -> None:
@@ -165,6 +167,7 @@ def _show_samples(run_dir: str, asked: list[str], as_json: bool) -> None:
     import sys
     from pathlib import Path
 
+    from dsv3_train.errors import printable
     from dsv3_train.training.samples import samples
 
     with contextlib.redirect_stdout(sys.stderr):  # Megatron prints when it builds an index
@@ -178,10 +181,12 @@ def _show_samples(run_dir: str, asked: list[str], as_json: bool) -> None:
         why = "" if sample.reason is None else f", passed over ({sample.reason}"
         why += f", step {sample.step})" if sample.step else (")" if why else "")
         print(f"sample {sample.number}: {len(sample.tokens)} tokens{why}")
-        print(sample.tokens if sample.text is None else sample.text)
+        print(sample.tokens if sample.text is None else printable(sample.text))
 
 
 def _summary(prefix: str, manifest: Manifest) -> str:
+    from dsv3_train.errors import printable
+
     counts, tokenizer = manifest.counts, manifest.tokenizer
     lines = [
         f"{prefix}: {counts.documents:,} documents, {counts.tokens:,} tokens ({manifest.dtype})",
@@ -195,4 +200,4 @@ def _summary(prefix: str, manifest: Manifest) -> str:
         lines.append(f"    {bad.file}{'' if bad.line is None else f':{bad.line}'}: {bad.reason}")
     if counts.bad > 10:
         lines.append(f"    ... the first {len(manifest.bad)} are in {prefix}.manifest.json")
-    return "\n".join(lines)
+    return printable("\n".join(lines))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from typing import Any
 
 import typer
 
 from dsv3_cli import convert, data, doctor, generate, numerics, pipeline, preflight, profile, recipes, slurm, train
-from dsv3_train.errors import UserError, of_file
+from dsv3_train.errors import UserError, of_file, on_one_line, unexpected
 
 app = typer.Typer(
     name="dsv3",
@@ -38,6 +37,7 @@ def _one_line(error: Any) -> str:
         return ""
     command = error.ctx.command_path if getattr(error, "ctx", None) else app.info.name
     said = " ".join(error.format_message().split())
+    said = on_one_line(said)
     return f"{command}: {said[:1].lower()}{said[1:].removesuffix('.')} ({command} --help)\n"
 
 
@@ -54,17 +54,18 @@ def run() -> None:
     except typer.Abort:
         print("aborted", file=sys.stderr)
         code = 1
-    except Exception as error:
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         if hasattr(error, "format_message"):  # Typer's own errors, whose class it does not give away
             print(_one_line(error), end="", file=sys.stderr)
             sys.exit(2)
         from dsv3_train.runtime.launch import report_to_parent
 
-        trace = traceback.format_exc().rstrip()
         error = of_file(error) or error
         fault, told = isinstance(error, UserError), report_to_parent(error)
         if not told:
-            print(error if fault else trace, file=sys.stderr)
+            print(error if fault else unexpected(error), file=sys.stderr)
         code = 2 if fault else 1
     torch_distributed = sys.modules.get("torch.distributed")
     if torch_distributed is not None and torch_distributed.is_initialized():

@@ -45,11 +45,17 @@ def tail(path: Path, lines: int) -> list[str]:
         return file.read(_LONGEST).decode(errors="replace").splitlines()[-lines:]
 
 
+def step_of(line: dict[str, Any] | None) -> int | None:
+    """The step that a line is of; None where it has none."""
+    step = line.get("step") if line else None
+    return step if type(step) is int and 0 <= step < 1 << 63 else None
+
+
 def newest_step(path: Path) -> int:
     """The step of the last line that is whole; 0 without one."""
     if not path.is_file():
         return 0
-    return next((line["step"] for _, line in newest_first(path) if line and isinstance(line.get("step"), int)), 0)
+    return next((step for _, line in newest_first(path) if (step := step_of(line)) is not None), 0)
 
 
 def _object(line: bytes) -> dict[str, Any] | None:

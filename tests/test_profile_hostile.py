@@ -9,13 +9,13 @@ import re
 
 import pytest
 
-from dsv3_train.errors import UserError
+from dsv3_train.errors import UserError, on_one_line
 from dsv3_train.profiling.classes import table
 from dsv3_train.profiling.compare import compare, load
 from dsv3_train.profiling.page import page
 from dsv3_train.profiling.report import as_json, report
 from dsv3_train.profiling.trace import read
-from dsv3_train.profiling.values import integer, plain
+from dsv3_train.profiling.values import integer
 from dsv3_train.profiling.work import works
 from traces import GEMM, SEND, analyze, dsv3, event, kernel, write
 
@@ -56,8 +56,8 @@ def test_nothing_of_a_trace_is_obeyed_by_a_terminal_or_a_page(tmp_path):
 
 def test_plain_keeps_what_is_text():
     for text in ("ncclDevKernel_AllReduce<4096ul>", "gemm é 中文", "back\\slash"):
-        assert plain(text) == text
-    assert plain("a\x1b[2J\nb\u202e\ud800") == "a\\x1b[2J\\x0ab\\u202e\\ud800"
+        assert on_one_line(text) == text
+    assert on_one_line("a\x1b[2J\nb\u202e\ud800") == "a\\x1b[2J\\nb\\u202e\\ud800"
 
 
 @pytest.mark.parametrize(

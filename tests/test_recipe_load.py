@@ -209,7 +209,7 @@ def test_an_override_replaces_a_whole_section():
         ("training.seed=3.0", "training.seed: must be an integer, got 3.0"),
         ("training.seed=true", "training.seed: must be an integer, got true"),
         ("parallel.zero1=yes", 'parallel.zero1: must be true or false, got "yes"; write true'),
-        ("optim.eps=0", "optim.eps: must be more than 0, got 0"),
+        ("optim.eps=0", "optim.eps: must be at least 1e-30, got 0"),
         ("precision.params=bf61", "did you mean 'bf16'?"),
         ("schedule.lr=.nan", "schedule.lr: must be a number or a list of pieces"),
         ("schedule.lr=1e999", "schedule.lr: must be a number or a list of pieces"),

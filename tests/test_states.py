@@ -1,5 +1,7 @@
 """What one process holds, by arithmetic, against the model itself built on the meta device."""
 
+import resource
+
 import pytest
 
 from dsv3_train.planner.states import held, state_bytes
@@ -66,3 +68,25 @@ def test_bytes_per_value(overrides, dense, expert):
     recipe = load("smoke", overrides)
     [rank] = held(recipe)
     assert state_bytes(recipe) == rank.dense * dense + rank.experts * expert
+
+
+def test_nothing_of_a_huge_model_is_real_memory():
+    """64 GiB of router weights: 16,384 experts x a width of 2^20, in each of 4 layers."""
+    distributed.prepare_import("cpu")
+    from dsv3_train.planner.account import account
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    recipe = load("dsv3_tiny", ["model.n_routed_experts=16384", "model.hidden_size=1048576"])
+    assert account(recipe).main > 16384 * 2**20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (1 << 20)  # KiB
+
+
+def test_copies_of_a_stage_are_not_listed():
+    """As many parameters with 2^20 processes as with one, at once."""
+    distributed.prepare_import("cpu")
+    from dsv3_train.planner.account import account
+
+    alone, many = (
+        account(load("dsv3_tiny", [f"parallel.world_size={n}", f"schedule.batch_size={8 * n}"])) for n in (1, 1 << 20)
+    )
+    assert many == alone

@@ -154,7 +154,7 @@ def test_links(tmp_path):
         with pytest.raises(UserError, match=f"{name}: "):
             regular.contents(snapshot / name)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         regular.contents(tmp_path / "pipe")
     with (tmp_path / "large").open("wb") as file:
         file.truncate(regular.LARGEST + 1)

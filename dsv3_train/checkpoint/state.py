@@ -27,6 +27,12 @@ class Position:
     consumed_samples: int = 0
     consumed_tokens: int = 0
 
+    def advance(self, batch_size: int, sequence_length: int) -> None:
+        """By one step of so many sequences."""
+        self.step += 1
+        self.consumed_samples += batch_size
+        self.consumed_tokens += batch_size * sequence_length
+
 
 @dataclass
 class Guarded:

@@ -119,8 +119,9 @@ def _known_divisions(definition: dict[str, Any]) -> bool:
         elif part.get("type") == "Digits":
             expression = None
         elif part.get("type") == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
-            pattern = part.get("pattern") or {}
-            expression = str(pattern.get("Regex", "")).replace("\r", r"\r").replace("\n", r"\n")
+            pattern = part.get("pattern")  # the library reads other spellings than a mapping too
+            written = str(pattern.get("Regex", "")) if isinstance(pattern, dict) else ""
+            expression = written.replace("\r", r"\r").replace("\n", r"\n")
             if expression not in _ENDS | _NEUTRAL:
                 return False
         else:
@@ -129,7 +130,11 @@ def _known_divisions(definition: dict[str, Any]) -> bool:
     return ends
 
 
-def _parts(step: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+def _parts(step: Any, name: str) -> list[dict[str, Any]]:
+    """The steps of a sequence, or the one step; `{}` for one in another of the spellings that the library reads."""
     if not step:
         return []
-    return [one for part in step[name] for one in _parts(part, name)] if name in step else [step]
+    if not isinstance(step, dict) or step.get("type") != "Sequence":
+        return [step if isinstance(step, dict) else {}]
+    within = step.get(name)
+    return [one for part in within for one in _parts(part, name)] if isinstance(within, list) else [{}]

@@ -6,13 +6,17 @@ import os
 from pathlib import Path
 from typing import Union
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from dsv3_train.errors import UserError
+from dsv3_train import regular
+from dsv3_train.errors import UserError, on_one_line
+
+LARGEST = 256 << 20
+"""Bytes; a million input files take 150 MB."""
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Settings(_Part):
@@ -23,7 +27,7 @@ class Settings(_Part):
     """sha256 of the tokenizer.json that was given; None: trained on the inputs."""
     vocab_size: Union[int, None]
     """Asked of the trained tokenizer; None: one was given."""
-    fim_rate: float
+    fim_rate: float = Field(ge=0, le=1)
     seed: int
     text_key: str
     eos_token: Union[str, None] = None
@@ -33,15 +37,15 @@ class Settings(_Part):
 class Counts(_Part):
     """Bytes (UTF-8) and characters are of the documents that were kept."""
 
-    files: int
-    documents: int
-    bytes: int
-    characters: int
-    tokens: int
-    fim_documents: int
-    empty_documents: int
+    files: NonNegativeInt
+    documents: NonNegativeInt
+    bytes: NonNegativeInt
+    characters: NonNegativeInt
+    tokens: PositiveInt
+    fim_documents: NonNegativeInt
+    empty_documents: NonNegativeInt
     """Left out: they have no text."""
-    bad: int
+    bad: NonNegativeInt
     """Left out: lines or files that could not be read."""
 
 
@@ -57,8 +61,8 @@ class TokenizerFacts(_Part):
     """The tokenizer in `PREFIX.tokenizer.json`."""
 
     sha256: str
-    vocab_size: int
-    eos_id: int
+    vocab_size: PositiveInt
+    eos_id: NonNegativeInt
     trained_on_characters: Union[int, None]
     """Characters that the BPE was trained on; None: it was given."""
     training_bound_characters: Union[int, None]
@@ -83,8 +87,8 @@ class Manifest(_Part):
     """The first ones."""
     tokenizer: TokenizerFacts
     dtype: str
-    max_token: int
-    unigram_entropy: float
+    max_token: NonNegativeInt
+    unigram_entropy: float = Field(ge=0)
     """Of the tokens, nats per token: the loss of a model that knows only how frequent each one is."""
     sha256: dict[str, str]
     """Of `bin` and `idx`."""
@@ -108,7 +112,7 @@ def load(prefix: str) -> Manifest | None:
     """
     path = path_of(prefix)
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return Manifest.model_validate_json(regular.read(path, LARGEST))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -116,7 +120,9 @@ def load(prefix: str) -> Manifest | None:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"{path}: not a manifest of this version: {where}: {first['msg']}; prepare again") from None
+        raise UserError(
+            f"{path}: not a manifest of this version: {on_one_line(where)}: {first['msg']}; prepare again"
+        ) from None
 
 
 def save(manifest: Manifest, unfinished: Path) -> None:

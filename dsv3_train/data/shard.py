@@ -13,12 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
+from dsv3_train import regular
 from dsv3_train.data import fim
 from dsv3_train.data.compression import Damaged
 from dsv3_train.data.cutting import Cutter
 from dsv3_train.data.documents import Document, Fault, Piece, read
 from dsv3_train.data.inputs import InputFile
+from dsv3_train.data.special_tokens import DEFINITION
 from dsv3_train.data.tokenizer import Tokenizer
+from dsv3_train.errors import UserError
 
 FAULTS_LISTED = 100
 """Faults that a part, and a manifest, name; all of them are counted."""
@@ -108,11 +111,14 @@ def finished(shard: Shard, work: Work) -> Part | None:
     """The shard's result if an earlier run left it whole."""
     stem = Path(work.parts, f"{shard.number:06d}")
     try:
-        part = Part(**json.loads(stem.with_suffix(".json").read_text(encoding="utf-8")))
+        part = Part(**json.loads(regular.read(stem.with_suffix(".json"))))
         size = stem.with_suffix(".bin").stat().st_size
-    except (OSError, ValueError, TypeError):
+        lengths = np.load(stem.with_suffix(".npy"), allow_pickle=False)
+        counted = lengths.shape == (part.documents,) and int(lengths.sum()) == part.tokens
+        fits = part.key == shard.key and size == part.tokens * np.dtype(work.dtype).itemsize
+    except (OSError, ValueError, TypeError, EOFError, RecursionError, UserError):
         return None
-    return part if part.key == shard.key and size == part.tokens * np.dtype(work.dtype).itemsize else None
+    return part if fits and counted else None
 
 
 def tokenise(shard: Shard, work: Work) -> Part:
@@ -233,4 +239,5 @@ def _documents(shard: Shard, work: Work, part: Part) -> Iterator[tuple[Callable[
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer(path: str) -> tuple[Tokenizer, Cutter]:
-    return Tokenizer.load(path), Cutter(json.loads(Path(path).read_bytes()))
+    tokenizer = Tokenizer.load(path)
+    return tokenizer, Cutter(json.loads(tokenizer.files[DEFINITION]))

@@ -3,19 +3,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tokenizers
 
+from dsv3_train import regular
 from dsv3_train.data import special_tokens
 from dsv3_train.data.sets import train_sets
 from dsv3_train.data.special_tokens import DEFINITION, Files
-from dsv3_train.errors import UserError
+from dsv3_train.errors import UserError, on_one_line
 
 if TYPE_CHECKING:
     from dsv3_train.recipe.schema import Recipe
@@ -53,6 +55,8 @@ class Tokenizer:
         try:
             raw = json.loads(definition)
             added = {token["content"]: token for token in raw["added_tokens"]}
+            if not all(isinstance(spelling, str) for spelling in added):
+                raise TypeError("the content of an added token is no text")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{name}: not a tokenizer.json ({error}); give the file that `tokenizers` saves") from None
         self.name = name
@@ -64,10 +68,8 @@ class Tokenizer:
         for spelling, token in added.items():
             marked = token.get("special", False) or spelling.startswith(("<|", "<｜"))
             token["special"] = marked or spelling in named.values()
-        try:
+        with self._told():
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(raw))
-        except Exception as error:  # the library raises no narrower type
-            raise UserError(f"{name}: not a tokenizer.json ({error}); give the file that `tokenizers` saves") from None
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -83,7 +85,10 @@ class Tokenizer:
             spelling = named[role]
             if spelling is not None and self._tokenizer.token_to_id(spelling) is not None:
                 self._spellings[role] = spelling
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        with self._told():
+            self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if self.vocab_size == 0:
+            raise UserError(f"{name}: a tokenizer without a token; give another")
         """Every id is below it."""
 
     @classmethod
@@ -171,11 +176,26 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with self._told():
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, special tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        with self._told():
+            return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """What the library raises, as a `UserError`: it has no narrower type, and its panics are no `Exception`."""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            told = on_one_line(str(error))[:300]
+            raise UserError(
+                f"{self.name}: not a tokenizer.json that works ({told}); give the file that `tokenizers` saves"
+            ) from None
 
 
 def read_definition(path: Path) -> bytes:
@@ -185,7 +205,7 @@ def read_definition(path: Path) -> bytes:
         UserError: it cannot be read.
     """
     try:
-        return path.read_bytes()
+        return regular.read(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the tokenizer.json to use") from None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from dsv3_train.checkpoint import tokenizer_home
 from dsv3_train.checkpoint.hf import origin
 from dsv3_train.data.tokenizer import Tokenizer
-from dsv3_train.errors import UserError
+from dsv3_train.errors import UserError, printable
 from dsv3_train.recipe.load import load
 from dsv3_train.recipe.schema import NO_FP8, Recipe
 from dsv3_train.runtime import distributed
@@ -122,7 +122,7 @@ def _on_rank(recipe: Recipe, checkpoint: Path, task: _Task, request: Request, de
     printed = ""
     text: str | None = None
     if leader and not request.as_json and request.ids is None:
-        print(request.prompt, end="", flush=True)
+        print(printable(request.prompt), end="", flush=True)
     for token in continuation(
         trained,
         task.prompt,
@@ -140,7 +140,7 @@ def _on_rank(recipe: Recipe, checkpoint: Path, task: _Task, request: Request, de
         if request.ids is not None:
             print(token, end=" ", flush=True)
         elif text is not None and not text.endswith("\ufffd"):  # a character that spans tokens waits for its rest
-            print(text[len(printed) :], end="", flush=True)
+            print(printable(text[len(printed) :]), end="", flush=True)
             printed = text
     if leader:
         report = {"checkpoint": str(checkpoint), "step": position.step, "prompt": request.prompt, "text": text or ""}

@@ -47,10 +47,10 @@ class Account:
 def account(recipe: Recipe) -> Account:
     """Build each stage as its first rank would, and count.
 
-    Process groups are torch's `fake` ones of the recipe's world size, so nothing communicates and any
-    number of processes fits one machine.
+    Process groups are torch's `fake` ones, so nothing communicates and any number of processes fits one machine.
     """
     placed = stages(recipe)
+    recipe = _without_copies(recipe)
     pipeline = recipe.parallel.pipeline
     ranks_per_stage = recipe.parallel.world_size // pipeline
     counted: dict[str, int] = {}
@@ -83,6 +83,15 @@ def account(recipe: Recipe) -> Account:
     routed = sum(s for name, s in counted.items() if ".mlp.experts." in name and not name.startswith("mtp."))
     idle = routed * (model.n_routed_experts - model.num_experts_per_tok) // model.n_routed_experts
     return Account(main, sum(counted.values()) - main, main - idle, rows)
+
+
+def _without_copies(recipe: Recipe) -> Recipe:
+    """With as few data-parallel ranks as hold every part once: what a stage holds is the same, and groups of 10^5
+    ranks, which take minutes to list, are not made."""
+    p = recipe.parallel
+    per_stage = math.lcm(p.tensor * p.context, p.expert * p.expert_tensor)
+    fewer = p.model_copy(update={"world_size": p.pipeline * per_stage})
+    return recipe.model_copy(update={"parallel": fewer})
 
 
 def _global_sizes(chunk: GPTModel) -> dict[str, int]:

@@ -9,9 +9,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsv3_train.errors import UserError
-from dsv3_train.profiling.files import text
-from dsv3_train.profiling.values import plain
+from dsv3_train.errors import UserError, on_one_line
+from dsv3_train.regular import text
 
 COMPUTE, COMMUNICATION = "compute", "communication"
 UNCLASSIFIED = "unclassified"
@@ -236,12 +235,12 @@ def table(path: Path | None = None) -> Table:
 def _own(path: Path) -> tuple[Rule, ...]:
     import yaml
 
-    told = plain(str(path))
+    told = on_one_line(str(path))
     wanted = 'a list of {class: name, kind: compute, match: "regex"}'
     try:
         entries = yaml.safe_load(text(path, _MOST_BYTES, wanted))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{told}: not YAML ({plain(' '.join(str(error).split()))})") from None
+        raise UserError(f"{told}: not YAML ({on_one_line(' '.join(str(error).split()))})") from None
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{told}: {wanted} is wanted")
     return tuple(_rule(told, number, entry) for number, entry in enumerate(entries, 1))
@@ -259,4 +258,4 @@ def _rule(path: str, number: int, entry: Any) -> Rule:
         re.compile(entry["match"])
     except (re.error, RecursionError, OverflowError) as error:
         raise UserError(f"{at}: match is no regular expression ({error})") from None
-    return Rule(plain(str(entry["class"])[:200]), entry["kind"], entry["match"])
+    return Rule(on_one_line(str(entry["class"])[:200]), entry["kind"], entry["match"])

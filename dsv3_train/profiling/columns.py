@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_train.profiling.values import plain
+from dsv3_train.errors import on_one_line
 
 WHICH = ("kernel", "memcpy", "memset")
 _LONGEST_NAME = 20_000
@@ -31,7 +31,7 @@ class Names:
         number = self.known.get(key)
         if number is None:
             number = self.known[key] = len(self.texts)
-            kept = plain(str(key if text is None else text)[:_LONGEST_NAME])
+            kept = on_one_line(str(key if text is None else text)[:_LONGEST_NAME])
             self.texts.append(kept)
             self.bytes += 250 + len(kept) + len(str(key))
         return number

@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dsv3_train.errors import UserError
+from dsv3_train.errors import UserError, on_one_line
 from dsv3_train.profiling.classes import COMMUNICATION, COMPUTE
-from dsv3_train.profiling.files import text
 from dsv3_train.profiling.report import FORMAT
-from dsv3_train.profiling.values import plain
+from dsv3_train.regular import text
 
 _MOST_BYTES = 1 << 26
 """Of a report: of about 500 ranks."""
@@ -25,7 +24,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     if path.is_dir():
         path = path / "report.json"
-    told = plain(str(path))
+    told = on_one_line(str(path))
     try:
         figures = json.loads(text(path, _MOST_BYTES, "a report.json of `dsv3 profile analyze --out DIR`"))
     except (ValueError, RecursionError):
@@ -85,7 +84,7 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     kinds = {row["class"]: row["kind"] for side in sides for rank in side for row in rank["classes"]}
     classes = [
         {
-            "class": plain(name[:200]),
+            "class": on_one_line(name[:200]),
             "kind": kinds[name],
             **_both(means[0]["classes"].get(name, 0.0), means[1]["classes"].get(name, 0.0)),
         }

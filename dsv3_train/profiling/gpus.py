@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dsv3_train.errors import UserError
+from dsv3_train.errors import UserError, on_one_line
 from dsv3_train.profiling.columns import Trace, by_number
-from dsv3_train.profiling.values import LONGEST, plain
+from dsv3_train.profiling.values import LONGEST
 
 _MOST, _MOST_STREAMS = 256, 4096
 _SIDE_BY_SIDE, _OF_TIME = 0.4, 0.25
@@ -64,7 +64,7 @@ def gpus(trace: Trace) -> list[Gpu]:
 def _bounded(trace: Trace, count: int, what: str) -> None:
     if count > _MOST:
         raise UserError(
-            f"{plain(str(trace.path))}: work of {count:,} {what} in one trace; at most {_MOST:,} are analyzed"
+            f"{on_one_line(str(trace.path))}: work of {count:,} {what} in one trace; at most {_MOST:,} are analyzed"
         )
 
 
@@ -74,7 +74,7 @@ def _without_gpu(trace: Trace) -> list[Gpu]:
     found = []
     for process in processes:
         mine = _of_process(trace, process, process) if len(processes) > 1 else trace
-        at = f"{plain(str(trace.path))}: process {_told(trace, process)}"
+        at = f"{on_one_line(str(trace.path))}: process {_told(trace, process)}"
         _refuse_broken_times(mine.operators, at)
         threads = len(np.unique(mine.operators["thread"]))
         if threads > _MOST_STREAMS:
@@ -94,7 +94,7 @@ def _gpu(trace: Trace, hosts: list[int], gpu: int, owner: int | None, rows: np.n
     rows = rows[np.argsort(trace.kernels["start"][rows], kind="stable")]
     columns = {name: column[rows] for name, column in trace.kernels.items()}
     told = _told(trace, process if owner is None or len(hosts) < 2 else owner)
-    at = f"{plain(str(trace.path))}: GPU {device} of process {told}"
+    at = f"{on_one_line(str(trace.path))}: GPU {device} of process {told}"
     columns["end"], cut = _without_overruns(trace, columns, at)
     _refuse_broken_times(columns, at)
     mine, notes = trace, []
@@ -182,10 +182,10 @@ def _owners(trace: Trace, hosts: list[int]) -> list[tuple[int, int | None, np.nd
             found += [(gpu, host, mine[of == host]) for host in several]
         elif len(rows) < len(hosts) or _launched_twice(correlation):
             raise UserError(
-                f"{plain(str(trace.path))}: {len(hosts)} processes ({_told(trace, hosts[0])}, {_told(trace, hosts[1])}"
-                f"{', ...' if len(hosts) > 2 else ''}) launch work, and it cannot be told which of them launched the "
-                f"kernels of process {_told(trace, process)}, device {device}: traces of several ranks were merged "
-                "under the same numbers; give one file per rank"
+                f"{on_one_line(str(trace.path))}: {len(hosts)} processes ({_told(trace, hosts[0])}, "
+                f"{_told(trace, hosts[1])}{', ...' if len(hosts) > 2 else ''}) launch work, and it cannot be told which "
+                f"of them launched the kernels of process {_told(trace, process)}, device {device}: traces of several "
+                "ranks were merged under the same numbers; give one file per rank"
             )
         else:
             found.append((gpu, None, mine))

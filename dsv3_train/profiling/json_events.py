@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from dsv3_train.errors import UserError
-from dsv3_train.profiling.files import opened
-from dsv3_train.profiling.values import plain
+from dsv3_train.errors import UserError, on_one_line
+from dsv3_train.regular import opened
 
 _CHUNK = 1 << 20
 _HOPELESS = 1 << 25
@@ -37,7 +36,7 @@ class Events:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.told = plain(str(path))
+        self.told = on_one_line(str(path))
         self.header: dict[str, Any] = {}
         self.unclosed = False
         """Whether the end of a bare array is missing, which the format allows."""
@@ -104,7 +103,7 @@ class Events:
                 if key == "distributedInfo":
                     self.header[key] = value
                 if len(keys) < 5:
-                    keys.append(plain(str(key)[:40]))
+                    keys.append(on_one_line(str(key)[:40]))
         if not found:
             told = ", ".join(keys) or "none"
             raise UserError(f"{self.told}: no trace: its object has no list `traceEvents` (keys: {told})")

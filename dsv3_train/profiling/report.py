@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from dsv3_train.errors import on_one_line
 from dsv3_train.profiling.across import across
 from dsv3_train.profiling.columns import by_number
 from dsv3_train.profiling.gemm import gemm
 from dsv3_train.profiling.intervals import union
 from dsv3_train.profiling.ranges import pairs, ranges, steps, window
-from dsv3_train.profiling.values import plain
 from dsv3_train.profiling.waits import exposures, idle
 from dsv3_train.profiling.work import Work, is_unclassified
 
@@ -58,7 +58,7 @@ def of_rank(work: Work) -> dict[str, Any]:
         "rank": work.rank,
         "process": work.process,
         "device": "cpu" if work.device is None else work.device,
-        "file": plain(str(work.trace.path)),
+        "file": on_one_line(str(work.trace.path)),
         **window(work, work.first, work.last),
         "kernels": int((work.which == 0).sum()),
         "copies": int((work.which == 1).sum()),

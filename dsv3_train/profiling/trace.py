@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_train.errors import UserError
+from dsv3_train.errors import UserError, on_one_line
 from dsv3_train.profiling.classes import which_by_name
 from dsv3_train.profiling.columns import WHICH, Columns, Names, Trace
 from dsv3_train.profiling.json_events import Events
-from dsv3_train.profiling.values import LONGEST, integer, nanoseconds, plain, scalar
+from dsv3_train.profiling.values import LONGEST, integer, nanoseconds, scalar
 
 _DEVICE = {
     "kernel": "kernel", "gpu_kernel": "kernel", "cuda_kernel": "kernel",
@@ -50,7 +50,7 @@ def read(path: Path) -> Trace:
 
 class _Reader:
     def __init__(self, path: Path) -> None:
-        self.path, self.told, self.events = path, plain(str(path)), Events(path)
+        self.path, self.told, self.events = path, on_one_line(str(path)), Events(path)
         self.names, self.streams, self.processes = Names(), Names(), Names()
         self.threads: dict[tuple[int, Any], int] = {}
         self.thread_process: list[int] = []
@@ -251,9 +251,9 @@ class _Reader:
         if event.get("name") == "process_name" and len(self.process_names) < _MOST_NAMED:
             names = self.process_names.setdefault(self._process(event), set())
             if len(names) < 2:
-                names.add(plain(str(name)[:200]))
+                names.add(on_one_line(str(name)[:200]))
         elif event.get("name") == "thread_name" and len(self.thread_names) < _MOST_NAMED:
-            self.thread_names[self._thread(event)] = plain(str(name)[:200])
+            self.thread_names[self._thread(event)] = on_one_line(str(name)[:200])
 
     def _process(self, event: dict) -> int:
         return self.processes.of(scalar(event.get("pid")))

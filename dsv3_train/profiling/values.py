@@ -1,8 +1,7 @@
-"""Values of a trace as they may be used: scalars, integers, nanoseconds, and text that a terminal can be shown."""
+"""Values of a trace as they may be used: scalars, integers, nanoseconds."""
 
 from __future__ import annotations
 
-import re
 from decimal import Decimal, DecimalException
 from typing import Any
 
@@ -10,21 +9,6 @@ LATEST = 1000 << 52
 """Nanoseconds: the year 2112, where clocks count from 1970. None lies far before 0, so that differences fit 64 bits."""
 LONGEST = 1 << 50
 """Nanoseconds that an event may last, and that a GPU's work may span: 13 days. Beyond, a time stamp is broken."""
-
-_UNSEEN = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
-    # control characters, those that turn the direction of text, and halves of surrogate pairs
-)
-
-
-def plain(text: str) -> str:
-    """Text of a trace or a file name, with what a terminal would obey or cannot be written as its escape: `\\x1b`."""
-
-    def escaped(found: re.Match[str]) -> str:
-        code = ord(found[0])
-        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-
-    return _UNSEEN.sub(escaped, text)
 
 
 def scalar(value: Any) -> str | int | None:

@@ -7,12 +7,11 @@ from functools import cached_property
 
 import numpy as np
 
-from dsv3_train.errors import UserError
+from dsv3_train.errors import UserError, on_one_line
 from dsv3_train.profiling.classes import COMMUNICATION, UNCLASSIFIED, Table
 from dsv3_train.profiling.columns import WHICH, Trace
 from dsv3_train.profiling.gpus import Gpu, gpus
 from dsv3_train.profiling.intervals import Intervals, union
-from dsv3_train.profiling.values import plain
 
 
 @dataclass
@@ -112,7 +111,7 @@ def works(traces: list[Trace], table: Table) -> list[Work]:
     seen: dict[int, Gpu] = {}
     for number, gpu in zip(numbers, found, strict=True):
         if number in seen:
-            paths = [plain(str(one.trace.path)) for one in (seen[number], gpu)]
+            paths = [on_one_line(str(one.trace.path)) for one in (seen[number], gpu)]
             raise UserError(f"{paths[0]} and {paths[1]}: both are of rank {number}; give one trace of each rank")
         seen[number] = gpu
     chosen = [

@@ -12,9 +12,9 @@ from math import gcd, lcm
 from dsv3_train.recipe.pipeline_checks import pipeline
 from dsv3_train.recipe.placement import placement
 from dsv3_train.recipe.quantity import Steps
+from dsv3_train.recipe.ranges import SCHEDULED
 from dsv3_train.recipe.schema import Recipe, Segment
 
-_LARGEST_BATCH = 1e9
 Faults = Iterator[tuple[str, str]]
 """Dotted key and what is wrong with its value."""
 
@@ -103,6 +103,12 @@ def _model(recipe: Recipe) -> Faults:
             "model.qk_rope_head_dim",
             f"{m.qk_rope_head_dim} is odd and RoPE rotates pairs; set it to {_multiples(m.qk_rope_head_dim, 2)}",
         )
+    rope = m.rope_scaling
+    if rope is not None and rope.beta_slow > rope.beta_fast:
+        yield (
+            "model.rope_scaling.beta_slow",
+            f"{rope.beta_slow:g} is more than beta_fast {rope.beta_fast:g}; set it to {rope.beta_fast:g} or less",
+        )
     if m.num_nextn_predict_layers == 0 and any(max(_values(piece)) > 0 for piece in recipe.schedule.mtp_weight):
         yield (
             "schedule.mtp_weight",
@@ -155,9 +161,7 @@ def _batch_size(recipe: Recipe) -> Faults:
     for index, piece in enumerate(pieces):
         key = "schedule.batch_size" if len(pieces) == 1 else f"schedule.batch_size.{index}"
         smallest = min(_values(piece))
-        if max(_values(piece)) > _LARGEST_BATCH:
-            yield key, f"{max(_values(piece)):g} sequences are more than any run takes; set it to thousands"
-        elif smallest < multiple:
+        if smallest < multiple:
             yield (
                 key,
                 f"{smallest:g} sequences are fewer than {made_of} = {multiple}; begin at {multiple} or more, "
@@ -174,8 +178,10 @@ def _batch_size(recipe: Recipe) -> Faults:
 def _schedules(recipe: Recipe) -> Faults:
     if recipe.training.duration == 0:
         yield "training.duration", "must be longer than nothing, for example 100 steps"
-    for name in ("lr", "batch_size", "mtp_weight", "bias_update_speed"):
+    for name, (largest, why) in SCHEDULED.items():
         pieces: list[Segment] = getattr(recipe.schedule, name)
+        if (most := max(value for piece in pieces for value in _values(piece))) > largest:
+            yield f"schedule.{name}", f"must be at most {largest:g}, got {most:g}: {why}"
         if any(value < 0 for piece in pieces for value in _values(piece)):
             yield f"schedule.{name}", "must not be negative; write values of 0 or more"
         for index, piece in enumerate(pieces[:-1]):
@@ -212,7 +218,19 @@ def _ends(key: str, pieces: list[Segment], duration: int) -> Faults:
 
 
 def _optimizer(recipe: Recipe) -> Faults:
-    p = recipe.parallel
+    p, optim = recipe.parallel, recipe.optim
+    lr = max(value for piece in recipe.schedule.lr for value in _values(piece))
+    if lr * optim.weight_decay >= 1:
+        yield (
+            "optim.weight_decay",
+            f"{optim.weight_decay:g} x the learning rate {lr:g} takes a weight to 0 or past it in one step; set it "
+            f"below {1 / lr:.3g}, or lower schedule.lr",
+        )
+    if 0 < optim.clip_grad_norm < 1e-6:
+        yield (
+            "optim.clip_grad_norm",
+            f"{optim.clip_grad_norm:g} would leave no gradient in FP32; set 1, or 0 for no clipping",
+        )
     lacking = [name for name in ("zero1", "overlap_grad_reduce") if not getattr(p, name)]
     if p.overlap_param_gather and lacking:
         needed = " and ".join(f"parallel.{name}=true" for name in lacking)

@@ -11,6 +11,7 @@ from dsv3_train.recipe.faults import Fault, Place, refuse
 from dsv3_train.recipe.yaml_source import Node, parse
 
 _LARGEST = 1024 * 1024  # bytes; anything beyond is no recipe, and is not read
+_DEEPEST = 20  # recipes on top of each other
 
 
 def shipped() -> dict[str, Path]:
@@ -69,6 +70,8 @@ def _read(path: Path, above: tuple[Path, ...], faults: list[Fault]) -> Node:
         _stop(faults, base.place, "base", "must be the name or the path of another recipe")
     found = _find(base.value, path.parent, base.place, "base", faults)
     chain = (*above, path.resolve())
+    if len(chain) > _DEEPEST:
+        _stop(faults, base.place, "base", f"more than {_DEEPEST} recipes that build on each other; merge some of them")
     if found.resolve() in chain:
         names = " -> ".join(step.name for step in (*chain, found.resolve()))
         _stop(faults, base.place, "base", f"recipes build on each other in a circle: {names}; remove one base")

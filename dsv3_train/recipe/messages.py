@@ -74,19 +74,29 @@ def _expected(kind: str, context: dict[str, Any], value: Any, path: tuple[str | 
     got = f", got {_show(value)}"
     if kind in _BOUNDS:
         bound, relation = _BOUNDS[kind]
-        return f"must be {relation} {context[bound]:g}{got}"
+        return f"must be {relation} {_number(context[bound])}{got}"
     if kind == "literal_error":
         return f"must be one of {context['expected'].replace(' or ', ', ')}{got}"
     if kind == "too_short":
         return "must have at least one entry" if context["min_length"] == 1 else "must be two numbers, [from, to]"
     if kind == "too_long":
         return "must be two numbers, [from, to]"
+    if kind == "string_too_long":
+        return f"must have at most {context['max_length']} characters{got}"
+    if kind == "string_pattern_mismatch" and "[A-Za-z" not in context["pattern"]:
+        return f"must be two whole numbers as 4096-4351{got}"
     if kind == "string_pattern_mismatch":
         return f"must be letters, digits, '.', '_' and '-' only{got}"
     what = wanted(path)
     if kind in ("model_type", "list_type", "tuple_type") or names(what):
         return f"must be {_shape(what, kind)}{got}"
-    words = {"int_type": "an integer", "float_type": "a number", "bool_type": "true or false", "string_type": "text"}
+    words = {
+        "finite_number": "a finite number",
+        "int_type": "an integer",
+        "float_type": "a number",
+        "bool_type": "true or false",
+        "string_type": "text",
+    }
     return f"must be {words[kind]}{got}" if kind in words else f"cannot be {_show(value)}"
 
 
@@ -127,6 +137,11 @@ def _needs(what: Any) -> str:
     return {float: "set a number", bool: "set true or false", str: "set a text"}.get(
         what, f"set a list of {get_args(what)[0].__name__.lower()}" if get_args(what) else "set it"
     )
+
+
+def _number(bound: float) -> str:
+    """As someone would write it: 1024, 1e+15, 0.1."""
+    return str(bound) if isinstance(bound, int) and bound < 10**9 else f"{bound:g}"
 
 
 def _show(value: Any) -> str:

@@ -13,7 +13,9 @@ from dsv3_train.errors import UNSEEN
 class Section(BaseModel):
     """A part of a recipe: unknown keys are refused, values are not coerced from other types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @field_validator("*")
     @classmethod

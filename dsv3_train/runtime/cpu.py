@@ -42,6 +42,9 @@ def device_argument() -> None:
 
         return create_on_cpu
 
+    # `with torch.device("meta")` lists the functions that it directs when it first needs them: these, not the ones
+    # below, by which a router's weight would be real memory in `on_meta`.
+    importlib.import_module("torch.utils._device")._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like"):
         setattr(torch, name, on_cpu(getattr(torch, name)))
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
+from dsv3_train import regular
+from dsv3_train.errors import UserError
 from dsv3_train.lines import newest_first
 
 
@@ -16,12 +17,9 @@ def record(run_dir: Path, kind: str, **facts: Any) -> None:
     """Append an incident. Several processes may do so at once; a disk that is full does not make things worse."""
     line = json.dumps({"time": time.strftime("%Y-%m-%d %H:%M:%S"), "kind": kind, **facts}) + "\n"
     try:
-        handle = os.open(run_dir / "incidents.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, line.encode())
-        finally:
-            os.close(handle)
-    except OSError:
+        with regular.appended(run_dir / "incidents.jsonl") as file:
+            file.write(line.encode())
+    except (OSError, UserError):
         pass  # told on the console as well
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from dsv3_train import whole
+from dsv3_train import regular, whole
 from dsv3_train.checkpoint.directory import complete
 from dsv3_train.data.identity import Identity, Met, meet, state
 from dsv3_train.data.sets import train_sets
@@ -90,7 +90,7 @@ def unlike(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _read(run_dir: Path) -> dict[str, Met]:
     path = run_dir / NAME
     try:
-        return _READER.validate_json(path.read_bytes())
+        return _READER.validate_json(regular.read(path))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:

@@ -16,8 +16,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dsv3_train import regular
 from dsv3_train.errors import UserError
-from dsv3_train.lines import newest_first, newest_step
+from dsv3_train.lines import newest_first, newest_step, step_of
 from dsv3_train.recipe.schema import Recipe
 from dsv3_train.training.record import StepRecord
 
@@ -141,7 +142,7 @@ class RunLog:
             curve = pictures.learning_curve(self._metrics_path)
             if curve is not None:
                 pictures.save(curve, self._run_dir / "learning_curve.png")
-        except (OSError, ValueError) as error:  # a full disk, now or in the middle of a line
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:  # a full disk, lines of others
             self._say(f"no learning curve ({error})")
         self._on_board("close")
         self._text.close()
@@ -172,20 +173,20 @@ class _Lines:
     """A text file that is appended to; what a full disk does not take is kept until it does."""
 
     def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file = regular.appended(path)
         self._waiting = b""
 
     def add(self, text: str) -> None:
-        self._waiting += text.encode()
+        self._waiting += text.encode(errors="backslashreplace")  # bytes of a file's name
         try:
             while self._waiting:
-                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError:
             pass  # the failed checkpoint tells of it; these lines come with the next ones
 
     def close(self) -> None:
         self.add("")
-        os.close(self._file)
+        self._file.close()
 
 
 def _finite(value: Any) -> Any:
@@ -216,7 +217,8 @@ def _drop_after(path: Path, step: int) -> None:
         return
     end, kept = None, []
     for at, line in newest_first(path):
-        if line is None or line.get("step", step + 1) > step:
+        of = step_of(line)
+        if line is None or of is None or of > step:
             end = at
         elif line.get("kind") in ("step", "passed over"):
             break

@@ -16,9 +16,7 @@ from dsv3_train.checkpoint.load import newest
 from dsv3_train.checkpoint.save import CheckpointWriter
 from dsv3_train.checkpoint.state import training_state
 from dsv3_train.data import batches as data_batches
-from dsv3_train.data import manifest
 from dsv3_train.data.locate import outside as outside_told
-from dsv3_train.data.sets import train_sets
 from dsv3_train.errors import UserError
 from dsv3_train.optim.ema import ParameterEma
 from dsv3_train.optim.gather import fill
@@ -46,6 +44,7 @@ from dsv3_train.training.step import (
     needs_data,
     update,
 )
+from dsv3_train.training.summary import summary
 
 _WAITS = (1, 10, 30)
 """Seconds before each further attempt at a run's last checkpoint."""
@@ -188,7 +187,7 @@ class Run:
                 self._event(f"{asked}saved at step {step}; start again to go on")
                 raise SystemExit(PREEMPTED)
             if ended:
-                self._event(self._summary())
+                self._event(summary(self.recipe, self.run_dir, self.position, self.last_validation))
         if self.position.step > last_saved:
             self._save()
         if not self._saved(again_after=_WAITS):
@@ -235,19 +234,6 @@ class Run:
         )
         for line in said:
             self._event(line)
-
-    def _summary(self) -> str:
-        text = f"done: {self.position.step} steps, {self.position.consumed_tokens:,} tokens, in {self.run_dir}"
-        entropies = [found.unigram_entropy for found in map(manifest.load, self._prefixes()) if found]
-        if self.last_validation is not None and len(entropies) == 1:
-            text += (
-                f"\nlast validation loss {self.last_validation:.3f} nats per token; "
-                f"unigram entropy of the data {entropies[0]:.3f}"
-            )
-        return text
-
-    def _prefixes(self) -> list[str]:
-        return [dataset.path for dataset in train_sets(self.recipe)]
 
     def _plan(self, stop_after: int | None) -> Iterator[tuple[int, int]]:
         """First sample and size of each global batch from here on."""
@@ -306,7 +292,7 @@ class Run:
             gather_parameters(self.trainer)
             self.ema.update()
         self.writer.poll()
-        self._advance(batch_size)
+        self.position.advance(batch_size, self.recipe.training.sequence_length)
         counts_le, biases_le = self.trainer.load.gather()
         overlap = self.watch.figures(number)
         clock.mark("other")
@@ -329,14 +315,9 @@ class Run:
             samples += [first_sample + (number * ranks + rank) * size + row for row in self._outside]
         return batches, min(samples, default=None)
 
-    def _advance(self, batch_size: int) -> None:
-        self.position.step += 1
-        self.position.consumed_samples += batch_size
-        self.position.consumed_tokens += batch_size * self.recipe.training.sequence_length
-
     def _pass_over(self, first_sample: int, batch_size: int, stop: bool) -> Verdict:
         """Count a global batch as consumed without training on it."""
-        self._advance(batch_size)
+        self.position.advance(batch_size, self.recipe.training.sequence_length)
         if self.log:
             self.log.passed_over(self.position.step, self.position.consumed_tokens, first_sample, batch_size)
         return Verdict.STOP if stop else Verdict.GO_ON
@@ -395,8 +376,7 @@ class Run:
             told = outside_told(self.valid_data, first, self.recipe.model.vocab_size)
             self._incident("token", f"no validation at step {self.position.step}: {told}, in the validation data")
             return
-        loss = evaluate(self.trainer, batches, count)
-        self.last_validation = loss
+        self.last_validation = loss = evaluate(self.trainer, batches, count)
         if self.log:
             self.log.validation(self.position.step, self.position.consumed_tokens, loss)
 

@@ -11,11 +11,14 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from dsv3_train.errors import UserError
+from dsv3_train import regular
+from dsv3_train.errors import UserError, on_one_line
+from dsv3_train.recipe.ranges import LARGEST_EXTENT
 
 NAME = "skips.jsonl"
+Reason = Literal["recipe", "not finite", "spike", "token"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Skip:
 
     first: int
     last: int
-    reason: Literal["recipe", "not finite", "spike", "token"]
+    reason: Reason
     step: int = 0
     """At which it was found, from 1."""
     loss: float | None = None
@@ -63,8 +66,8 @@ class Skips:
         if not write:
             return
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(skip)) + "\n")
+            with regular.appended(self.path) as file:
+                file.write((json.dumps(asdict(skip), allow_nan=False) + "\n").encode())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -98,10 +101,30 @@ def read(run_dir: Path) -> list[Skip]:
         UserError: the file holds something else.
     """
     path = run_dir / NAME
+    if not os.path.lexists(path):
+        return []
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1):
+    for number, line in enumerate(regular.text(path, regular.LARGEST, "a JSON object per line").splitlines(), 1):
         try:
-            found.append(Skip(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path}:{number}: not a skip ({error}); correct or remove the line") from None
+            found.append(_checked(json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{path}:{number}: not a skip ({on_one_line(str(error))[:200]}); correct or remove the line"
+            ) from None
     return found
+
+
+def _checked(line: Any) -> Skip:
+    """ValueError or TypeError where it is not what a run writes."""
+    skip = Skip(**line)
+    for name in ("first", "last", "step"):
+        value = getattr(skip, name)
+        if type(value) is not int or not 0 <= value <= LARGEST_EXTENT:
+            raise ValueError(f"{name} is {value!r:.50}, and has to be a whole number")
+    if skip.last < skip.first:
+        raise ValueError(f"last {skip.last} is before first {skip.first}")
+    if skip.reason not in get_args(Reason):
+        raise ValueError(f"reason is {skip.reason!r:.50}, and has to be one of {', '.join(get_args(Reason))}")
+    if skip.loss is not None and (type(skip.loss) not in (int, float) or not abs(skip.loss) < float("inf")):
+        raise ValueError(f"loss is {skip.loss!r:.50}, and has to be a finite number or null")
+    return skip
