@@ -1,4 +1,4 @@
-"""Everything that Megatron-core 0.16 needs to run on a machine without a GPU.
+"""Everything that Megatron-core needs to run on a machine without a GPU.
 
 Megatron-core runs over gloo as it is, but for the places below where it takes CUDA, or Transformer
 Engine, for granted. Each function is one patch and says why it exists. `install` applies them all; it
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from dsv3_train.errors import UserError
+from dsv3_train.runtime import megatron_versions
 
 _CPU = torch.device("cpu")
 
@@ -204,6 +205,17 @@ def device_random_state() -> None:
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
 
 
+def share_storage() -> None:
+    """Recomputed outputs get their storage back through C++ that is compiled at the first use, on a GPU or not."""
+    from megatron.core.tensor_parallel import random
+
+    def copy(output: torch.Tensor, recomputed: torch.Tensor) -> None:
+        output.untyped_storage().resize_(recomputed.untyped_storage().nbytes())
+        output.untyped_storage().copy_(recomputed.untyped_storage())
+
+    random._get_share_storage = lambda: copy
+
+
 BEFORE_IMPORT = (
     current_device,
     device_argument,
@@ -218,7 +230,7 @@ BEFORE_IMPORT = (
     no_te,
     no_compile,
 )
-AFTER_IMPORT = (have_te, te_gemm, split_sizes, recompute_flag, device_random_state)
+AFTER_IMPORT = (have_te, te_gemm, split_sizes, recompute_flag, device_random_state, share_storage)
 
 _installed = False
 
@@ -261,7 +273,7 @@ def import_megatron(without: Collection[str] = ()) -> None:
 def patch_megatron(without: Collection[str] = ()) -> None:
     """The second half."""
     for patch in AFTER_IMPORT:
-        if patch.__name__ not in without:
+        if patch.__name__ not in without and patch.__name__ not in megatron_versions.superfluous_patches():
             patch()
 
 
