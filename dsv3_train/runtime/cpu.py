@@ -254,9 +254,7 @@ def import_megatron(without: Collection[str] = ()) -> None:
             "runtime.device: cpu is for machines without a GPU; to hide it, start with CUDA_VISIBLE_DEVICES="
         )
     _installed = True
-    for patch in BEFORE_IMPORT:
-        if patch.__name__ not in without:
-            patch()
+    _apply(BEFORE_IMPORT, without)
     for name in (
         "models.gpt.gpt_model",
         "models.gpt.gpt_layer_specs",
@@ -272,8 +270,13 @@ def import_megatron(without: Collection[str] = ()) -> None:
 
 def patch_megatron(without: Collection[str] = ()) -> None:
     """The second half."""
-    for patch in AFTER_IMPORT:
-        if patch.__name__ not in without and patch.__name__ not in megatron_versions.superfluous_patches():
+    _apply(AFTER_IMPORT, without)
+
+
+def _apply(patches: tuple[Callable, ...], without: Collection[str]) -> None:
+    left_out = {*without, *megatron_versions.superfluous_patches()}
+    for patch in patches:
+        if patch.__name__ not in left_out:
             patch()
 
 

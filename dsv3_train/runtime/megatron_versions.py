@@ -17,19 +17,22 @@ import torch
 
 
 @functools.cache
-def before(major: int, minor: int) -> bool:
+def older_than(major: int, minor: int) -> bool:
     """Whether the installed Megatron-core is older than `major.minor`. For this file and the tests of patches."""
     return tuple(int(part) for part in version("megatron-core").split(".")[:2]) < (major, minor)
 
 
 def superfluous_patches() -> Collection[str]:
-    """Patches of runtime/cpu.py that the installed version does not need.
+    """Patches of runtime/cpu.py that the installed version does not need: not applied, and not missed.
 
-    When 0.16.1 goes, the patches named first go too.
+    Those that 0.17 no longer needs go with 0.16.1, and `ranges` with 0.17.
     """
-    if before(0, 17):
-        return ("share_storage",)
-    return ("have_te", "te_gemm")
+    if older_than(0, 17):
+        return ("share_storage",)  # it copies recomputed outputs itself
+    without_te = ("have_te", "te_gemm")  # it says where Transformer Engine is missing
+    return (
+        without_te if older_than(0, 18) else (*without_te, "ranges")
+    )  # it names parts for a profiler only where asked
 
 
 def local_experts() -> type:
