@@ -29,10 +29,8 @@ def superfluous_patches() -> Collection[str]:
     """
     if older_than(0, 17):
         return ("share_storage",)  # it copies recomputed outputs itself
-    without_te = ("have_te", "te_gemm")  # it says where Transformer Engine is missing
-    return (
-        without_te if older_than(0, 18) else (*without_te, "ranges")
-    )  # it names parts for a profiler only where asked
+    # It says where Transformer Engine is missing; from 0.18 on it names parts for a profiler only where asked to.
+    return ("have_te", "te_gemm") if older_than(0, 18) else ("have_te", "te_gemm", "ranges")
 
 
 def local_experts() -> type:
