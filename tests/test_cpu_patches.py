@@ -147,6 +147,6 @@ def test_every_patch_has_its_case():
     from dsv3_train.runtime import cpu
 
     patches = {patch.__name__ for patch in (*cpu.BEFORE_IMPORT, *cpu.AFTER_IMPORT)}
-    # Not shown here: `no_te` needs an installed TE, `no_compile` and `share_storage` save a compiler's time, and without
+    # Not shown here: `no_te` needs an installed TE, `no_compile` and `share_storage` save compilation, and without
     # `keep_sent_tensor` losses are wrong at times only (VPP, test_parity).
     assert patches == set(CASES) | {"no_te", "no_compile", "share_storage", "keep_sent_tensor"}
