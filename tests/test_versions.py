@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from dsv3_train.runtime import distributed, megatron_versions
 
 ROOT = Path(__file__).parent.parent
 HOME = "dsv3_train/runtime/megatron_versions.py"
@@ -54,3 +57,26 @@ def test_no_version_is_asked_for_elsewhere():
             found[name] = lines
     assert found.pop(HOME)
     assert not found
+
+
+def test_queries_without_a_latent_have_no_norm():
+    """As Transformer Engine's layers are specified, which no CPU can build; tests/test_dry_run.py builds local ones."""
+    distributed.prepare_import("cpu")
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    if not hasattr(multi_latent_attention, "QKNormConfigResolver"):
+        pytest.skip("before 0.19 latents alone are normed")
+    megatron_versions.keep_query_without_norm()
+    plain, fused = type("Plain", (), {}), type("Fused", (), {})
+    config = SimpleNamespace(q_lora_rank=None, qk_layernorm=True, qk_l2_norm=False, experimental_attention_variant=None)
+    config.normalization, config.transformer_impl = "RMSNorm", "local"
+    parts = {"linear_q_proj": plain, "linear_q_up_proj": fused, "linear_kv_up_proj": fused}
+    resolver = multi_latent_attention.QKNormConfigResolver(
+        config, SimpleNamespace(q_layernorm=IdentityOp, kv_layernorm=IdentityOp, **parts)
+    )
+    resolver.fused_norm_linear_impl = fused
+    theirs = type(resolver).__mro__[1].resolve(resolver)
+    assert theirs["linear_q_proj"] is fused, "the patch is no longer needed: take it out"
+    ours = resolver.resolve()
+    assert ours == {**theirs, "linear_q_proj": plain, "linear_q_up_proj": fused}

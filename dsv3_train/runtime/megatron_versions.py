@@ -98,3 +98,27 @@ def deepep_sms(count: int) -> dict[str, int]:
 
     later = "moe_flex_dispatcher_num_sms"
     return {later if hasattr(TransformerConfig, later) else "moe_deepep_num_sms": count}
+
+
+def keep_query_without_norm() -> None:
+    """Let queries without a latent (`q_lora_rank: null`) be projected as they are, as in DeepSeek's code.
+
+    Since 0.19 `qk_layernorm` asks for a norm before that projection too: with Transformer Engine's layers another model
+    is built without a word, with local ones none. Older versions norm latents alone.
+    """
+    from megatron.core.transformer import multi_latent_attention
+
+    theirs = getattr(multi_latent_attention, "QKNormConfigResolver", None)
+    if theirs is None or hasattr(theirs, "keeps_query_without_norm"):
+        return
+
+    class Resolver(theirs):  # type: ignore[misc,valid-type]
+        keeps_query_without_norm = True
+
+        def resolve(self) -> dict[str, Any]:
+            if self.has_q_lora:
+                return super().resolve()
+            self.has_q_lora = True  # what that gives for the latent's part, nobody builds
+            return {**super().resolve(), "linear_q_proj": self.submodules.linear_q_proj}
+
+    multi_latent_attention.QKNormConfigResolver = Resolver
