@@ -114,6 +114,7 @@ def keep_query_without_norm() -> None:
 
     class Resolver(theirs):  # type: ignore[misc,valid-type]
         keeps_query_without_norm = True
+        has_q_lora: bool
 
         def resolve(self) -> dict[str, Any]:
             if self.has_q_lora:
