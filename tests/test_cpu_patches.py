@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,18 +11,22 @@ from pathlib import Path
 
 import pytest
 
+from dsv3_train.runtime.megatron_versions import superfluous_patches
+
+_NO_CUDA = "Torch not compiled with CUDA enabled|Found no NVIDIA driver"
+"""What torch says of a CPU: as built for one, or for GPUs."""
 # Patch -> (what it serves, what the error says without it).
 CASES = {
-    "current_device": ("one", "Torch not compiled with CUDA enabled"),
-    "device_argument": ("one", "Torch not compiled with CUDA enabled"),
-    "to_cuda": ("pp2", "Torch not compiled with CUDA enabled"),
-    "streams": ("one", "torch.cuda.Stream requires CUDA support"),
-    "synchronize": ("save", "Torch not compiled with CUDA enabled"),
+    "current_device": ("one", _NO_CUDA),
+    "device_argument": ("one", _NO_CUDA),
+    "to_cuda": ("pp2", _NO_CUDA),
+    "streams": ("one", "torch.cuda.Stream requires CUDA support|CUDA driver version is insufficient"),
+    "synchronize": ("save", _NO_CUDA),
     "ranges": ("pairs", "NVTX functions not installed"),
     "record_stream": ("pairs", "unknown parameter type"),
-    "random_state": ("one", "Torch not compiled with CUDA enabled"),
+    "random_state": ("one", _NO_CUDA),
     "tensor_type": ("one", "torch.cuda.FloatTensor"),
-    "have_te": ("one", "isinstance() arg 2 must be a type"),
+    "have_te": ("one", "isinstance\\(\\) arg 2 must be a type"),
     "te_gemm": ("one", "te_general_gemm"),
     "split_sizes": ("ep2", "all_to_all_single"),
     "recompute_flag": ("recompute", "FP8GlobalStateManager"),
@@ -132,14 +137,16 @@ def test_with_all_patches(printed, layout):
 
 @pytest.mark.parametrize("name", CASES)
 def test_without(printed, name):
-    assert "trained" not in printed[name], f"{name} is no longer needed: take it out"
-    assert CASES[name][1] in printed[name], printed[name][-2000:]
+    if name in superfluous_patches():  # not applied to this Megatron-core, which `test_with_all_patches` runs without
+        return
+    assert "trained" not in printed[name], f"{name} is no longer needed: take it out, or name it superfluous"
+    assert re.search(CASES[name][1], printed[name]), printed[name][-2000:]
 
 
 def test_every_patch_has_its_case():
     from dsv3_train.runtime import cpu
 
     patches = {patch.__name__ for patch in (*cpu.BEFORE_IMPORT, *cpu.AFTER_IMPORT)}
-    # Not shown here: `no_te` needs an installed TE, `no_compile` only costs time, and without `keep_sent_tensor` losses
-    # are wrong at times only (VPP, test_parity).
-    assert patches == set(CASES) | {"no_te", "no_compile", "keep_sent_tensor"}
+    # Not shown here: `no_te` needs an installed TE, `no_compile` and `share_storage` save compilation, and without
+    # `keep_sent_tensor` losses are wrong at times only (VPP, test_parity).
+    assert patches == set(CASES) | {"no_te", "no_compile", "share_storage", "keep_sent_tensor"}

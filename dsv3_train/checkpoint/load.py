@@ -298,7 +298,7 @@ def _load(path: Path, state: dict, saved: dict[str, ShardedTensor], once: bool) 
         raise UserError(f"{path}: a checkpoint of another model: {faults[0]}{more}; check the recipe's model section")
     heartbeat.mark(f"loading of {path.name}")
     try:
-        return dist_checkpointing.load(state, str(path), ReadOnce(path) if once else None)
+        return dist_checkpointing.load(state, str(path), ReadOnce() if once else None)
     except torch.OutOfMemoryError:  # a RuntimeError too, and nothing that the checkpoint can help
         raise
     except (CheckpointException, CheckpointingException, OSError, EOFError, RuntimeError) as error:

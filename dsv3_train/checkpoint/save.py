@@ -33,7 +33,7 @@ from dsv3_train import whole
 from dsv3_train.checkpoint import checksums
 from dsv3_train.checkpoint.directory import UNFINISHED, finish, prune, step_path
 from dsv3_train.checkpoint.sharing import WriteShares
-from dsv3_train.runtime import heartbeat
+from dsv3_train.runtime import heartbeat, megatron_versions
 from dsv3_train.runtime.exchange import exchange
 from dsv3_train.runtime.launch import die_with_parent
 
@@ -49,7 +49,7 @@ class _Plan(TorchDistSaveShardedStrategy):
     `.metadata`) or a writing process is killed; and starts a manager process per rank that outlives it.
     """
 
-    def _get_save_and_finalize_callbacks(self, writer, save_state_dict_ret):  # type: ignore[override]
+    def _get_save_and_finalize_callbacks(self, writer, save_state_dict_ret, *_options):  # type: ignore[override]
         _, contents, _ = save_state_dict_ret
         return writer, contents
 
@@ -157,7 +157,7 @@ class CheckpointWriter:
             return
         sharded, common = save_preprocess(state(), validate_access_integrity=False)  # `divide` does, where it must
         fill(self._shares.divide(sharded))
-        writer, contents = _Plan(*_FORMAT, thread_count=1).async_save(sharded, unfinished)  # type: ignore[misc]
+        writer, contents = megatron_versions.plan_of_save(_Plan(*_FORMAT, thread_count=1), sharded, unfinished)
         # From here on nothing depends on the state: on a GPU, copies; on a CPU, the fork's own memory.
         buckets = FileSystemWriterAsync.preload_tensors(writer.write_buckets) if writer.write_buckets else []
         to_write = (unfinished, writer.transforms, buckets, common if self._rank == 0 else None)

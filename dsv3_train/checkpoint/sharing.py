@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    TorchDistLoadShardedStrategy,
+    TorchDistSaveShardedStrategy,
 )
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -28,13 +30,13 @@ from dsv3_train.runtime import pipeline_groups
 class ReadOnce(FullyParallelLoadStrategyWrapper):
     """Each rank reads a share, and passes it on to those that need it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self) -> None:
         groups = _groups()
-        super().__init__(get_default_load_sharded_strategy(str(path)), groups.dp_cp)
+        super().__init__(TorchDistLoadShardedStrategy(), groups.dp_cp)
         self._by_experts = FullyParallelLoadStrategyWrapper(self.base_strategy, groups.expt_dp)
 
-    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> dict[str, Any]:
-        """As `LoadShardedStrategy.load`. Collective over all ranks."""
+    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, *_options: Any) -> dict[str, Any]:
+        """As `TorchDistLoadShardedStrategy.load`. Collective over all ranks."""
         objects, experts, others = _divided(sharded_state_dict)
         loaded = self.base_strategy.load(objects, checkpoint_dir)  # each is one rank's alone
         merge(loaded, self._by_experts.load(experts, checkpoint_dir))
@@ -45,7 +47,7 @@ class ReadOnce(FullyParallelLoadStrategyWrapper):
 class WriteShares:
     """Decides who writes what; asks the other ranks only where a state is not built as the one before it."""
 
-    def __init__(self, strategy: SaveShardedStrategy) -> None:
+    def __init__(self, strategy: TorchDistSaveShardedStrategy) -> None:
         self._strategy = strategy
         self._built: list[tuple] | None = None
 

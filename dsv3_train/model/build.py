@@ -17,6 +17,7 @@ from dsv3_train.precision import dispatch
 from dsv3_train.precision.emulated import BlockScaled
 from dsv3_train.recipe.chunks import MIRRORED
 from dsv3_train.recipe.schema import Recipe
+from dsv3_train.runtime import megatron_versions
 
 
 def build_chunks(recipe: Recipe, config: MLATransformerConfig) -> list[Stage]:
@@ -39,6 +40,7 @@ def build_stage(recipe: Recipe, config: MLATransformerConfig, place: Place) -> S
 
 def _build(recipe: Recipe, config: MLATransformerConfig, place: Place) -> Stage:
     routing.install()
+    megatron_versions.keep_query_without_norm()
     use_te = config.transformer_impl == "transformer_engine"
     options = {"use_transformer_engine": use_te, "normalization": "RMSNorm"}
     block = get_gpt_decoder_block_spec(config, vp_stage=place.virtual, **options)

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from dsv3_train.recipe.chunks import SCHEDULED
 from dsv3_train.recipe.layout import layout_string
 from dsv3_train.recipe.schema import Recipe
+from dsv3_train.runtime import megatron_versions
 
 
 def _leave_empty(weight: torch.Tensor) -> None:
@@ -75,7 +76,7 @@ def megatron_config(recipe: Recipe, device: str, *, inference: bool = False) -> 
         moe_aux_loss_coeff=recipe.schedule.balance_loss,
         moe_token_dispatcher_type="flex" if parallel.dispatcher == "deepep" else parallel.dispatcher,
         moe_enable_deepep=parallel.dispatcher == "deepep",
-        moe_deepep_num_sms=recipe.pipeline.communication_sms or 20,
+        **megatron_versions.deepep_sms(recipe.pipeline.communication_sms or 20),
         moe_grouped_gemm=True,
         moe_permute_fusion=on_gpu,
         # Parallelism

@@ -33,7 +33,12 @@ class GroupedExperts(MegatronModule):
     """
 
     def __init__(
-        self, num_local_experts: int, config: TransformerConfig, submodules: Any = None, pg_collection: Any = None
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: Any = None,
+        pg_collection: Any = None,
+        **_unused: Any,
     ) -> None:
         super().__init__(config=config)
         self.num_local_experts = num_local_experts

@@ -1,6 +1,6 @@
 """Layers for machines without Transformer Engine, where Megatron-core's own cannot serve MLA.
 
-Megatron-core 0.16's local layers train DeepSeek-V3 but for three: its attention does not take MLA's
+Megatron-core's local layers train DeepSeek-V3 but for three: its attention does not take MLA's
 head dimensions, its norm refuses sequence parallelism, and MLA's down-projections, column-parallel
 there, get wrong gradients under tensor parallelism (the rotary key's is summed by nobody). The modules
 here stand in a layer specification where those stood; nothing is patched but the list of linear classes
@@ -21,9 +21,8 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.experts import GroupedMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -33,6 +32,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from dsv3_train.model.grouped_experts import GroupedExperts
 from dsv3_train.model.weight_gradients import linear
 from dsv3_train.precision.emulated import EXACT, Exact
+from dsv3_train.runtime.megatron_versions import local_experts, module_of
 
 
 class Attention(MegatronModule):
@@ -85,7 +85,7 @@ class ReplicatedLinear(MegatronModule):
         return make_sharded_tensors_for_checkpoint(self.state_dict(keep_vars=True), prefix, {}, sharded_offsets)
 
 
-_INSTEAD = {DotProductAttention: Attention, WrappedTorchNorm: RMSNorm, GroupedMLP: GroupedExperts}
+_INSTEAD = {DotProductAttention: Attention, WrappedTorchNorm: RMSNorm, local_experts(): GroupedExperts}
 
 
 # TE keeps these norms inside the linear layer that follows; checkpoints bear TE's names, to serve either.
@@ -101,11 +101,13 @@ def replace(spec: Any) -> Any:
         return _INSTEAD.get(spec, spec)
     if isinstance(spec, list):
         return [replace(item) for item in spec]
+    if isinstance(spec, partial):
+        return partial(replace(spec.func), *spec.args, **{name: replace(part) for name, part in spec.keywords.items()})
     if isinstance(spec, MLASelfAttentionSubmodules):
         spec = dataclasses.replace(spec, linear_q_down_proj=ReplicatedLinear, linear_kv_down_proj=ReplicatedLinear)
     if isinstance(spec, TransformerLayerSubmodules):
         names = dict(_TE_NAMES)
-        if spec.mlp.module is MLP:
+        if module_of(spec.mlp) is not MoELayer:
             names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
         spec = dataclasses.replace(spec, sharded_state_dict_keys_map=names)
     if dataclasses.is_dataclass(spec) and not isinstance(spec, type):

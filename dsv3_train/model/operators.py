@@ -71,7 +71,9 @@ def _choice(
     router_replay: Any = None,
     **others: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    ours = logits.is_cuda and logits.dtype == torch.float32 and score_function == "sigmoid" and router_replay is None
+    # Newer versions can ask for another output, or bring the choice; nothing that trains DeepSeek-V3 does.
+    other = router_replay is not None or others.get("dense_output") or others.get("precomputed_indices") is not None
+    ours = logits.is_cuda and logits.dtype == torch.float32 and score_function == "sigmoid" and not other
     if not ours:
         return _megatrons_choice(
             logits,

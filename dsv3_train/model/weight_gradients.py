@@ -144,7 +144,7 @@ def _megatron_backward(ctx, gradient):
 
     take(weight, product)
     bias_gradient = gradient.reshape(-1, gradient.size(-1)).sum(0) if ctx.use_bias else None
-    return input_gradient, None, bias_gradient, *(None,) * 6
+    return input_gradient, None, bias_gradient, *(None,) * (len(ctx.needs_input_grad) - 3)
 
 
 def install() -> None:

@@ -26,9 +26,12 @@ class AdamW(torch.optim.Optimizer):
         master_weight_dtype: torch.dtype = torch.float32,
         exp_avg_dtype: torch.dtype = torch.float32,
         exp_avg_sq_dtype: torch.dtype = torch.float32,
+        capturable: bool = False,
     ) -> None:
         if not adam_w_mode:
             raise ValueError("only decoupled weight decay (AdamW) is implemented")
+        if capturable:
+            raise ValueError("a step count on the GPU, for a CUDA graph of the update, is not implemented")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.master_weights = master_weights
         self.use_decoupled_grad = use_decoupled_grad

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.enums import ModelType
-from megatron.core.pipeline_parallel.schedules import backward_step, deallocate_output_tensor, forward_step
+from megatron.core.pipeline_parallel.schedules import deallocate_output_tensor, forward_step
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 
@@ -23,7 +22,9 @@ from dsv3_train.pipeline.messages import Messages
 from dsv3_train.pipeline.operations import Compute, Exchange, Message, Op, Schedule
 from dsv3_train.pipeline.pairs import Pairs
 from dsv3_train.pipeline.timeline import Timeline
-from dsv3_train.runtime import heartbeat
+from dsv3_train.runtime import heartbeat, megatron_versions
+
+_backward_step = megatron_versions.backward_step()
 
 _Key = tuple[int, int, int]
 """Direction, stage, micro-batch."""
@@ -226,9 +227,7 @@ class _Batch:
     def _backward(self, op: Op, gradient: torch.Tensor | None) -> None:
         key = op[1:]
         with weight_gradients.deferred(key) if op.kind == "I" else contextlib.nullcontext():
-            input_gradient = backward_step(
-                self.inputs.pop(key), self.outputs.pop(key), gradient, ModelType.encoder_or_decoder, self.config
-            )
+            input_gradient = _backward_step(self.inputs.pop(key), self.outputs.pop(key), gradient, self.config)
         if op.kind == "B":
             for layer in weight_gradients.te_layers(self.model[self.chunk[op.direction, op.stage]]):
                 layer.backward_dw()

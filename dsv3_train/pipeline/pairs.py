@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel.utils import set_streams
 
 from dsv3_train.model import weight_gradients
 from dsv3_train.pipeline.operations import Op
+from dsv3_train.runtime.megatron_versions import attention_node
 
 if TYPE_CHECKING:
     from dsv3_train.pipeline.executor import _Batch
@@ -83,7 +84,8 @@ class Pairs:
 
     def _defer(self, op: Op, output: Any) -> None:
         """Let the plan's nodes of a backward keep their weight gradients (of Transformer Engine's layers) for W."""
-        nodes = [node for layer in output.schedule_plan._transformer_layers for node in (layer.attn, layer.mlp)]
+        plan = output.schedule_plan
+        nodes = [node for layer in plan._transformer_layers for node in (attention_node(layer), layer.mlp)]
         self._deferred[op[1:]] = [node.backward_dw for node in reversed(nodes)]
         for node in nodes:
             node.backward_dw = _nothing

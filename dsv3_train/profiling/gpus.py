@@ -183,8 +183,8 @@ def _owners(trace: Trace, hosts: list[int]) -> list[tuple[int, int | None, np.nd
         elif len(rows) < len(hosts) or _launched_twice(correlation):
             raise UserError(
                 f"{on_one_line(str(trace.path))}: {len(hosts)} processes ({_told(trace, hosts[0])}, "
-                f"{_told(trace, hosts[1])}{', ...' if len(hosts) > 2 else ''}) launch work, and it cannot be told which "
-                f"of them launched the kernels of process {_told(trace, process)}, device {device}: traces of several "
+                f"{_told(trace, hosts[1])}{', ...' if len(hosts) > 2 else ''}) launch work, and it cannot be told "
+                f"which of them launched the kernels of process {_told(trace, process)}, device {device}: traces of several "
                 "ranks were merged under the same numbers; give one file per rank"
             )
         else:

@@ -1,4 +1,4 @@
-"""Everything that Megatron-core 0.16 needs to run on a machine without a GPU.
+"""Everything that Megatron-core needs to run on a machine without a GPU.
 
 Megatron-core runs over gloo as it is, but for the places below where it takes CUDA, or Transformer
 Engine, for granted. Each function is one patch and says why it exists. `install` applies them all; it
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from dsv3_train.errors import UserError
+from dsv3_train.runtime import megatron_versions
 
 _CPU = torch.device("cpu")
 
@@ -207,6 +208,17 @@ def device_random_state() -> None:
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
 
 
+def share_storage() -> None:
+    """Recomputed outputs get their storage back through C++ that is compiled at the first use, on a GPU or not."""
+    from megatron.core.tensor_parallel import random
+
+    def copy(output: torch.Tensor, recomputed: torch.Tensor) -> None:
+        output.untyped_storage().resize_(recomputed.untyped_storage().nbytes())
+        output.untyped_storage().copy_(recomputed.untyped_storage())
+
+    random._get_share_storage = lambda: copy
+
+
 BEFORE_IMPORT = (
     current_device,
     device_argument,
@@ -221,7 +233,7 @@ BEFORE_IMPORT = (
     no_te,
     no_compile,
 )
-AFTER_IMPORT = (have_te, te_gemm, split_sizes, recompute_flag, device_random_state)
+AFTER_IMPORT = (have_te, te_gemm, split_sizes, recompute_flag, device_random_state, share_storage)
 
 _installed = False
 
@@ -245,9 +257,7 @@ def import_megatron(without: Collection[str] = ()) -> None:
             "runtime.device: cpu is for machines without a GPU; to hide it, start with CUDA_VISIBLE_DEVICES="
         )
     _installed = True
-    for patch in BEFORE_IMPORT:
-        if patch.__name__ not in without:
-            patch()
+    _apply(BEFORE_IMPORT, without)
     for name in (
         "models.gpt.gpt_model",
         "models.gpt.gpt_layer_specs",
@@ -263,8 +273,13 @@ def import_megatron(without: Collection[str] = ()) -> None:
 
 def patch_megatron(without: Collection[str] = ()) -> None:
     """The second half."""
-    for patch in AFTER_IMPORT:
-        if patch.__name__ not in without:
+    _apply(AFTER_IMPORT, without)
+
+
+def _apply(patches: tuple[Callable, ...], without: Collection[str]) -> None:
+    left_out = {*without, *megatron_versions.superfluous_patches()}
+    for patch in patches:
+        if patch.__name__ not in left_out:
             patch()
 
 

@@ -43,8 +43,9 @@ def prepare_import(device: str, recipe: Recipe | None = None) -> None:
         UserError: Transformer Engine is missing on a GPU machine, or there is a GPU in a CPU run, or the environment
             asks for another FP8 than the recipe.
     """
-    # Notes of Megatron to its developers, in every process; faults raise.
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    # Notes to developers, in every process; faults raise. (torch's compiler of extensions misses CUDA on a CPU.)
+    for name in ("megatron.core", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for module in (r"megatron\.core", r"transformer_engine", r"torch\.distributed"):
         warnings.filterwarnings("ignore", module=module)
     if device == "cpu":

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.schedules import backward_step, forward_step
+from megatron.core.pipeline_parallel.schedules import forward_step
 from megatron.core.utils import get_model_config
 
 from dsv3_train.recipe.schema import Recipe
-from dsv3_train.runtime import heartbeat
+from dsv3_train.runtime import heartbeat, megatron_versions
+
+_backward_step = megatron_versions.backward_step()
 
 
 def why_not(recipe: Recipe, device: str, models: Sequence[torch.nn.Module]) -> str | None:
@@ -137,6 +138,6 @@ class MicroBatchGraph:
                 cp_group_size=1,
                 is_last_stage=True,
             )
-            backward_step(None, output, None, ModelType.encoder_or_decoder, config)
+            _backward_step(None, output, None, config)
         config.mtp_loss_scaling_factor = weight
         return graph

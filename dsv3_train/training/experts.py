@@ -8,6 +8,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from dsv3_train.model.stage import Stage
 from dsv3_train.recipe.schema import Model
+from dsv3_train.runtime import megatron_versions
 
 
 class ExpertLoad:
@@ -23,7 +24,7 @@ class ExpertLoad:
                 if hasattr(layer.mlp, "router"):
                     self._routers[layer.layer_number - 1 - model.first_k_dense_replace] = layer.mlp.router
             for depth, layer in enumerate(stage.mtp.layers if stage.mtp_process else ()):
-                self._routers[moe_layers + depth] = layer.transformer_layer.mlp.router
+                self._routers[moe_layers + depth] = megatron_versions.layer_of_mtp(layer).mlp.router
         self._counts: dict[int, torch.Tensor] = {}
 
     def capture(self) -> None:

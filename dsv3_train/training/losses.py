@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 from dsv3_train.recipe.schema import Model
+from dsv3_train.runtime import megatron_versions
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ def reduce_losses(reported: list[dict[str, torch.Tensor]], micro_batches: int, m
     sums = torch.zeros(5, device=device, dtype=torch.float64)  # loss, tokens, MTP loss, balance loss, tracked
     for report in reported:
         sums[:2] += report["loss"].double()
-    mtp, balance = MTPLossLoggingHelper.tracker, get_moe_layer_wise_logging_tracker()
-    if "values" in mtp:
-        sums[2] = mtp["values"].double().mean() / micro_batches
-        mtp["values"].zero_()
+    mtp, balance = megatron_versions.tracked_mtp_loss(), get_moe_layer_wise_logging_tracker()
+    if mtp is not None:
+        sums[2] = mtp.double().mean() / micro_batches
+        mtp.zero_()
     if "seq_load_balancing_loss" in balance:
         values = balance["seq_load_balancing_loss"]["values"]
         layers = model.num_hidden_layers - model.first_k_dense_replace + model.num_nextn_predict_layers
