@@ -184,8 +184,8 @@ def _owners(trace: Trace, hosts: list[int]) -> list[tuple[int, int | None, np.nd
             raise UserError(
                 f"{on_one_line(str(trace.path))}: {len(hosts)} processes ({_told(trace, hosts[0])}, "
                 f"{_told(trace, hosts[1])}{', ...' if len(hosts) > 2 else ''}) launch work, and it cannot be told "
-                f"which of them launched the kernels of process {_told(trace, process)}, device {device}: traces of several "
-                "ranks were merged under the same numbers; give one file per rank"
+                f"which of them launched the kernels of process {_told(trace, process)}, device {device}: traces of "
+                "several ranks were merged under the same numbers; give one file per rank"
             )
         else:
             found.append((gpu, None, mine))
