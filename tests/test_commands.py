@@ -123,7 +123,7 @@ def test_checkpoints_that_are_refused(trained, tmp_path):
     cases: list[tuple[dict[str, bytes | None], list[str], tuple[str, ...]]] = [
         ({piece: whole[:100]}, generate, (newest.name, "damaged", piece)),
         ({piece: flipped(whole)}, generate, (newest.name, "damaged", piece)),
-        ({piece: whole[:100], "manifest.json": None}, generate, (newest.name, "damaged")),
+        ({piece: whole[:100], "manifest.json": None}, generate, (newest.name, "cut short, 100 of")),
         ({".metadata": pickle.dumps(_Harmful()), "manifest.json": None}, generate, (".metadata", "mkdir")),
         ({"common.pt": common[: len(common) // 2], "manifest.json": None}, generate, ("common.pt",)),
         ({}, [*longer, "model.hidden_size=192"], ("recipe.yaml", "model.hidden_size")),

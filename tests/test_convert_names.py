@@ -221,7 +221,7 @@ def test_tokens_of_a_model_trained_here(tmp_path):
     assert tokens() == {}
     file.unlink()
     assert tokens() == {}
-    assert ["config.json has no eos_token_id" in note for note in notes] == [True, True]
+    assert ["config.json has no bos_token_id and eos_token_id" in note for note in notes] == [True, True]
     keys = ("bos_token_id", "eos_token_id")
     assert [config_out.config_of(recipe.model, 0, 64, 5).get(key) for key in keys] == [5, 5]
     assert not config_out.config_of(recipe.model, 0, 64).keys() & set(keys)

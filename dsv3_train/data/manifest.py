@@ -41,7 +41,7 @@ class Counts(_Part):
     documents: NonNegativeInt
     bytes: NonNegativeInt
     characters: NonNegativeInt
-    tokens: PositiveInt
+    tokens: NonNegativeInt
     fim_documents: NonNegativeInt
     empty_documents: NonNegativeInt
     """Left out: they have no text."""
